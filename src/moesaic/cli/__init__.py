@@ -1,0 +1,1 @@
+"""The command line: a short table of commands, each a thin module."""

@@ -1,0 +1,44 @@
+"""`moesaic`: a table of commands. A command's module is imported when it is called, so `--help` stays instant."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+COMMANDS = {
+    "run": "generate text with a MoE and see which experts did it",
+    "eval": "bits per byte and perplexity per domain",
+    "train": "train a model from a config file",
+    "view": "list a model's experts; --coverage checks every architecture",
+    "bench": "measure against peers and the floor",
+    "systems": "every method, its paper and its state",
+}
+"""Command -> one line of help. `moesaic NAME` runs `app` of `moesaic.cli.NAME`."""
+
+
+def usage() -> str:
+    width = max(map(len, COMMANDS))
+    lines = "\n".join(f"  {name:<{width}}  {text}" for name, text in COMMANDS.items())
+    return (
+        "moesaic: make a Mixture-of-Experts fit: your machine, your data, your task.\n\n"
+        f"usage: moesaic COMMAND [...]\n\n{lines}\n\n"
+        "`moesaic COMMAND --help` explains a command. Every command takes --json; exit codes: 0 done, 1 a check failed, 2 bad input."
+    )
+
+
+def main(argv: list[str] | None = None) -> None:
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(usage())
+        sys.exit(0)
+    if argv[0] in ("-V", "--version"):
+        from moesaic import __version__
+
+        print(__version__)
+        sys.exit(0)
+    if argv[0] not in COMMANDS:
+        print(f"moesaic: no command {argv[0]!r}: one of {', '.join(COMMANDS)}", file=sys.stderr)
+        sys.exit(2)
+    from moesaic.cli.common import invoke
+
+    invoke(importlib.import_module(f"moesaic.cli.{argv[0]}").app, argv)

@@ -1,0 +1,1 @@
+"""Expert banks: what runs after a router has chosen."""

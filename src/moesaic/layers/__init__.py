@@ -1,0 +1,1 @@
+"""Layers that join a router, a bank and shared experts."""

@@ -1,0 +1,1 @@
+"""Routers: score, select, weigh parts, and one file per published router."""

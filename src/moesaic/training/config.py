@@ -1,0 +1,79 @@
+"""The training recipe: one YAML file, checked before anything is read or written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from moesaic.core.errors import BadInput
+
+
+class TrainConfig(BaseModel):
+    """Everything a run depends on. Relative paths are taken from the folder where the command runs."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    data: str = Field(description="file or folder of {text, domain} documents")
+    valid: str | None = Field(None, description="held-out documents, scored every eval_every steps")
+    out: str = Field(description="run folder: log, checkpoints, final model")
+    tokenizer: str | None = Field(None, description="folder of a trained tokenizer; trained on the data when absent")
+    vocab_size: int = Field(8192, gt=256, le=65536)
+    model: dict[str, Any] = Field(description="transformers config as a dict: model_type and its fields")
+    seq_len: int = Field(512, gt=1)
+    batch_size: int = Field(16, gt=0, description="sequences per micro-step")
+    accumulate: int = Field(1, gt=0, description="micro-steps per optimiser step")
+    steps: int = Field(gt=0)
+    lr: float = Field(2e-3, gt=0)
+    min_lr_ratio: float = Field(0.05, ge=0, le=1)
+    warmup: int = Field(100, ge=0)
+    schedule: Literal["cosine", "wsd"] = "cosine"
+    decay: float = Field(0.3, gt=0, le=1, description="wsd: share of the steps, at the end, over which the rate falls")
+    weight_decay: float = Field(0.1, ge=0)
+    betas: tuple[float, float] = (0.9, 0.95)
+    clip: float = Field(1.0, gt=0)
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    balance: dict[str, float] = Field(default_factory=dict, description="balancing method -> coefficient")
+    experts_implementation: str = "moesaic"
+    seed: int = 0
+    eval_every: int = Field(250, gt=0)
+    eval_tokens: int = Field(65536, gt=0)
+    save_every: int = Field(250, gt=0)
+    log_every: int = Field(10, gt=0)
+    threads: int | None = Field(None, gt=0)
+    device: str = "cpu"
+
+    @classmethod
+    def read(cls, path: str | Path, **overrides: Any) -> TrainConfig:
+        """Parse a YAML recipe. Raises BadInput that names the file and every wrong field."""
+        path = Path(path)
+        try:
+            raw = yaml.safe_load(path.read_text())
+        except OSError as error:
+            raise BadInput(f"{path}: cannot read the training config ({error.strerror})") from error
+        except yaml.YAMLError as error:
+            raise BadInput(f"{path}: not YAML ({error})") from error
+        if not isinstance(raw, dict):
+            raise BadInput(f"{path}: a training config is a mapping of fields")
+        raw.update(overrides)
+        try:
+            return cls(**raw)
+        except ValidationError as error:
+            problems = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+            raise BadInput(f"{path}: {problems}") from error
+
+
+def learning_rate(config: TrainConfig, step: int) -> float:
+    """Rate at `step` (0-based): linear warm-up, then cosine over the rest, or flat with a cosine tail (wsd)."""
+    import math
+
+    if step < config.warmup:
+        return config.lr * (step + 1) / config.warmup
+    start = config.warmup if config.schedule == "cosine" else max(config.warmup, round(config.steps * (1 - config.decay)))
+    if step < start:
+        return config.lr
+    progress = min(1.0, (step - start) / max(1, config.steps - start))
+    floor = config.min_lr_ratio
+    return config.lr * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress)))
