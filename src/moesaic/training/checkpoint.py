@@ -65,5 +65,7 @@ def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
     """Parameters and persistent buffers; a tied tensor once."""
-    seen: set[int] = set()
-    return {k: v for k, v in model.state_dict(keep_vars=True).items() if not (id(v) in seen or seen.add(id(v)))}
+    once: dict[int, tuple[str, Tensor]] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        once.setdefault(id(tensor), (name, tensor))
+    return dict(once.values())

@@ -37,6 +37,7 @@ class TrainConfig(BaseModel):
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     balance: dict[str, float] = Field(default_factory=dict, description="balancing method -> coefficient")
     experts_implementation: str = "moesaic"
+    attention: str = Field("auto", description="a transformers attention implementation; auto: the fastest that fits")
     seed: int = 0
     eval_every: int = Field(250, gt=0)
     eval_tokens: int = Field(65536, gt=0)

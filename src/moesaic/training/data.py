@@ -45,8 +45,8 @@ def train_tokenizer(data: str | Path, vocab_size: int, out: str | Path) -> None:
 class PackedTokens:
     """Token ids of a corpus with document bounds, packed into sequences that change every epoch.
 
-    Documents are shuffled per epoch, joined by the end-of-text token, and cut into rows of seq_len + 1
-    (inputs and next-token targets overlap by one).
+    Documents are shuffled per epoch, joined by the end-of-text token, and cut into rows of seq_len + 1 (inputs and
+    next-token targets overlap by one); then the rows are shuffled, since long documents would fill whole batches.
     """
 
     def __init__(self, ids_N: np.ndarray, starts: np.ndarray, seq_len: int, seed: int):
@@ -54,7 +54,7 @@ class PackedTokens:
             raise BadInput(f"the data has {len(ids_N)} tokens, fewer than one sequence of {seq_len}: give more text")
         self.ids_N, self.starts, self.seq_len, self.seed = ids_N, starts, seq_len, seed
         self.rows_per_epoch = (len(ids_N) - 1) // seq_len
-        self._epoch, self._order_N = -1, ids_N
+        self._epoch, self._order_N, self._row_order = -1, ids_N, np.zeros(0, np.int64)
 
     def rows(self, first: int, count: int) -> Tensor:
         """Rows `first` to `first + count` of the endless stream, int64 [count, seq_len + 1]."""
@@ -63,10 +63,12 @@ class PackedTokens:
     def _row(self, index: int) -> np.ndarray:
         epoch, row = divmod(index, self.rows_per_epoch)
         if epoch != self._epoch:
-            order = np.random.default_rng([self.seed, epoch]).permutation(len(self.starts) - 1)
+            random = np.random.default_rng([self.seed, epoch])
+            order = random.permutation(len(self.starts) - 1)
             self._order_N = np.concatenate([self.ids_N[self.starts[i] : self.starts[i + 1]] for i in order])
+            self._row_order = random.permutation(self.rows_per_epoch)
             self._epoch = epoch
-        at = row * self.seq_len
+        at = int(self._row_order[row]) * self.seq_len
         return self._order_N[at : at + self.seq_len + 1]
 
 

@@ -7,7 +7,6 @@ import json
 import math
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +16,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor, nn
 
 from moesaic.core.errors import BadInput
-from moesaic.training import checkpoint
+from moesaic.training import attention, checkpoint
 from moesaic.training.config import TrainConfig, learning_rate
 from moesaic.training.data import PackedTokens, tokenize, train_tokenizer
+from moesaic.training.loss import linear_cross_entropy, plain_head
 
 
 class RouterTap:
@@ -79,6 +79,7 @@ class Trainer:
         self.train_data = self._tokens(config.data, "train")
         self.valid_data = self._tokens(config.valid, "valid") if config.valid else None
         self.model = self._model().to(config.device)
+        self.head = plain_head(self.model)
         self.tap = RouterTap(self.model)
         self.optimizer = self._optimizer()
 
@@ -96,7 +97,7 @@ class Trainer:
     def _tokens(self, data: str, name: str) -> PackedTokens:
         return tokenize(data, self.tokenizer, self.out / f"{name}-tokens.npz", self.config.seq_len, self.config.seed)
 
-    def _model(self) -> nn.Module:
+    def _model(self) -> Any:
         from transformers import AutoConfig, AutoModelForCausalLM
 
         fields = dict(self.config.model)
@@ -107,7 +108,14 @@ class Trainer:
             kind,
             **{"vocab_size": len(self.tokenizer), "eos_token_id": self.tokenizer.eos_token_id, "bos_token_id": None, **fields},
         )
-        return AutoModelForCausalLM.from_config(config, experts_implementation=self.config.experts_implementation)
+        model = AutoModelForCausalLM.from_config(config, experts_implementation=self.config.experts_implementation)
+        if self.config.attention == "auto":
+            short = self.config.device == "cpu" and self.config.seq_len <= attention.LONGEST
+            if short and model.config._attn_implementation == "sdpa":
+                model.set_attn_implementation(attention.install())
+        else:
+            model.set_attn_implementation(self.config.attention)
+        return model
 
     def _optimizer(self) -> torch.optim.AdamW:
         matrices = [p for p in self.model.parameters() if p.ndim >= 2]
@@ -118,9 +126,16 @@ class Trainer:
     def loss(self, rows: Tensor) -> tuple[Tensor, dict[str, Tensor], Tensor | None]:
         """Cross-entropy in nats per token, the balance losses by name, and the load [L, E] (None when dense)."""
         rows = rows.to(self.config.device)
-        with torch.autocast(self.config.device, torch.bfloat16, enabled=self.config.dtype == "bfloat16"):
-            logits = self.model(input_ids=rows[:, :-1], use_cache=False).logits
-        cross_entropy = nn.functional.cross_entropy(logits.float().flatten(0, 1), rows[:, 1:].flatten())
+        bfloat16 = self.config.dtype == "bfloat16"
+        with torch.autocast(self.config.device, torch.bfloat16, enabled=bfloat16):
+            if self.head:
+                decoder, head = self.head
+                hidden = decoder(input_ids=rows[:, :-1], use_cache=False).last_hidden_state
+                hidden_TD = hidden.flatten(0, 1).to(torch.bfloat16 if bfloat16 else hidden.dtype)
+                cross_entropy = linear_cross_entropy(hidden_TD, head.weight, rows[:, 1:].flatten())
+            else:
+                logits = self.model(input_ids=rows[:, :-1], use_cache=False).logits
+                cross_entropy = nn.functional.cross_entropy(logits.float().flatten(0, 1), rows[:, 1:].flatten())
         calls = self.tap.take()
         if not calls:
             return cross_entropy, {}, None
@@ -150,7 +165,7 @@ class Trainer:
             raise BadInput(f"step {step}: loss {total}, gradient norm {norm}: training diverged; lower lr or raise warmup")
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        record = {"step": step, "loss": total, "lr": rate, "grad_norm": norm, **parts}
+        record: dict[str, Any] = {"step": step, "loss": total, "lr": rate, "grad_norm": norm, **parts}
         if load is not None:
             load = load / config.accumulate
             record["max_vio"] = [round(v, 4) for v in (load.max(1).values * load.shape[1] - 1).tolist()]
