@@ -1,0 +1,69 @@
+"""A router is score + select + weigh, three replaceable callables, and can run outside any layer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from moesaic.core.context import RoutingContext
+from moesaic.core.errors import BadInput
+from moesaic.core.routing import Routing
+
+Score = Callable[[Tensor, RoutingContext], Tensor]
+Select = Callable[[Tensor, RoutingContext], Tensor]
+Weigh = Callable[[Tensor, Tensor, RoutingContext], Tensor]
+
+
+class Router(nn.Module):
+    """Base of every router: `router(x_TD, ctx) -> Routing`.
+
+    A subclass either sets `score`, `select` and `weigh` and inherits `forward`, or overrides `forward`.
+    `needs` names fields of RoutingContext that the host must give; `causal` says that a token's routing sees
+    no later token. `shared(...)` builds modules that one model shares between all its MoE layers.
+    """
+
+    needs: ClassVar[frozenset[str]] = frozenset()
+    causal: bool = True
+    bank: ClassVar[str] = "gated_mlp"
+    """The registered bank that this router is made for."""
+
+    def __init__(self, experts: int, k: int):
+        super().__init__()
+        if experts < 1 or k < 0:
+            raise BadInput(f"experts={experts}, k={k}: a router needs at least one expert and k >= 0")
+        if k > experts:
+            raise BadInput(f"k={k} experts per token, but the router has only {experts} rows: lower k or add experts")
+        self.num_experts, self.k = experts, k
+        self.score: Score
+        self.select: Select
+        self.weigh: Weigh
+
+    @staticmethod
+    def shared(dim: int, **options: Any) -> dict[str, nn.Module]:
+        """Modules that all layers of one model share, passed to each layer's constructor by name."""
+        return {}
+
+    def probs(self, logits_TE: Tensor, ctx: RoutingContext) -> Tensor:
+        """What load losses call probability; softmax unless a router says otherwise."""
+        return logits_TE.softmax(-1)
+
+    def forward(self, x_TD: Tensor, ctx: RoutingContext) -> Routing:
+        logits_TE = self.score(x_TD, ctx)
+        experts_TK = self.select(logits_TE, ctx)
+        weights_TK = self.weigh(logits_TE, experts_TK, ctx)
+        return empty_padding(Routing(logits_TE, self.probs(logits_TE, ctx), experts_TK, weights_TK), ctx)
+
+
+def empty_padding(routing: Routing, ctx: RoutingContext) -> Routing:
+    """Padding tokens get empty slots: they use no expert, no capacity and no share of the load."""
+    if ctx.mask is None or routing.experts_TK is None:
+        return routing
+    real_T1 = ctx.mask.unsqueeze(1)
+    changes: dict[str, Tensor] = {"experts_TK": routing.experts_TK.masked_fill(~real_T1, -1)}
+    if routing.weights_TK is not None:
+        changes["weights_TK"] = routing.weights_TK.masked_fill(~real_T1, 0.0)
+    if routing.selected_TK is not None:
+        changes["selected_TK"] = routing.selected_TK.masked_fill(~real_T1, -1)
+    return routing.replace(**changes)
