@@ -42,5 +42,3 @@ class AdaMoE(Router):
         experts_TK = selected_TK.masked_fill(selected_TK >= self.true_experts, -1)
         weights_TK = renormalise(gather(probs_TE, experts_TK))
         return empty_padding(Routing(logits_TE, probs_TE, experts_TK, weights_TK, selected_TK), ctx)
-
-

@@ -27,7 +27,13 @@ class Hash(Router):
     needs = frozenset({"token_ids"})
 
     def __init__(
-        self, dim: int, experts: int, k: int = 1, vocab_size: int = 8192, frequencies: Sequence[float] | None = None, seed: int = 0
+        self,
+        dim: int,
+        experts: int,
+        k: int = 1,
+        vocab_size: int = 8192,
+        frequencies: Sequence[float] | None = None,
+        seed: int = 0,
     ):
         super().__init__(experts, k)
         if frequencies is not None and len(frequencies) != vocab_size:

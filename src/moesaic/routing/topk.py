@@ -56,7 +56,7 @@ class TopK(Router):
         self.convention, self.scale = convention, scale
         self.groups, self.keep_groups, self.group_score = groups, keep, group_score
         self.capacity_factor, self.eval_capacity_factor, self.overflow = capacity_factor, eval_capacity_factor, overflow
-        self.causal = capacity_factor is None and eval_capacity_factor is None or overflow == "position"
+        self.causal = (capacity_factor is None and eval_capacity_factor is None) or overflow == "position"
         linear = LinearScore(dim, experts, jitter=jitter)
         self.score = NoisyScore(linear, noise, noise_std) if noise else linear
         self.bias_E: Tensor
@@ -90,5 +90,3 @@ class TopK(Router):
             return routing
         tokens = x_TD.shape[0] if ctx.mask is None else int(ctx.mask.sum())
         return apply_capacity(routing, capacity(tokens, self.k, self.num_experts, factor), self.overflow)
-
-

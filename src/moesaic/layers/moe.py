@@ -1,0 +1,125 @@
+"""The MoE layer: route, dispatch, run, combine, add the shared experts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moesaic.balancing.balancer import Balancer, Scope
+from moesaic.core import registry
+from moesaic.core.context import RoutingContext
+from moesaic.core.errors import BadInput, MissingNeed
+from moesaic.core.routing import Dispatch, Routing
+from moesaic.experts.bank import ExpertBank
+from moesaic.routing.router import Router
+
+
+class MoE(nn.Module):
+    """`y, routing = moe(x, ctx)` for x [..., D].
+
+    `router`, `bank` and `balance` take registered names or built objects; names are built from `dim`, `experts` and
+    the options mappings. `host` names the needs that the surrounding model can give, and `causal` says whether it is
+    a causal one: an impossible combination is refused here, not in the first forward. In training the weighted
+    balance losses are in `routing.aux` under `loss/NAME`.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        experts: int,
+        router: str | Router = "topk",
+        bank: str | ExpertBank | None = None,
+        shared: nn.Module | None = None,
+        balance: Mapping[str, float] | Iterable[Balancer] = (),
+        *,
+        causal: bool = False,
+        host: Iterable[str] | None = None,
+        router_options: Mapping[str, Any] | None = None,
+        bank_options: Mapping[str, Any] | None = None,
+    ):
+        super().__init__()
+        if isinstance(router, str):
+            router = registry.get("routing", router).build(dim, experts, **(router_options or {}))
+        assert isinstance(router, Router)
+        if bank is None:
+            bank = router.bank
+        if isinstance(bank, str):
+            bank = registry.get("experts", bank).build(dim, experts, **(bank_options or {}))
+        assert isinstance(bank, ExpertBank)
+        self.router, self.bank, self.shared = router, bank, shared
+        self.balancers = {name: _balancer(name, value, router) for name, value in _named(balance)}
+        self._check(causal, host)
+
+    def _check(self, causal: bool, host: Iterable[str] | None) -> None:
+        name = type(self.router).__name__
+        if causal and not self.router.causal:
+            raise BadInput(f"{name} lets a token's routing see later tokens: not for a causal host")
+        needs = self.router.needs - {"activations"}
+        if host is not None and needs - set(host):
+            raise MissingNeed(f"{name} needs {', '.join(sorted(needs - set(host)))}, which this host does not give")
+        if "activations" in self.router.needs and not hasattr(self.bank, "activations"):
+            raise MissingNeed(f"{name} needs 'activations': a bank that shows them, such as 'autonomous'")
+        runs = getattr(self.router, "true_experts", self.router.num_experts)
+        rows = self.bank.num_experts if self.bank.row_to_expert is None else len(self.bank.row_to_expert)
+        if runs != rows:
+            raise BadInput(f"{name} routes over {runs} experts, the bank serves {rows}")
+
+    def forward(self, x: Tensor, ctx: RoutingContext | None = None) -> tuple[Tensor, Routing]:
+        ctx = RoutingContext(mode="train" if self.training else "eval") if ctx is None else ctx
+        x_TD = x.reshape(-1, x.shape[-1])
+        if hasattr(self.bank, "activations"):
+            bank, memo = self.bank, ctx.memo
+            ctx = ctx.replace(activations=lambda tokens: bank.activations(tokens, memo))
+        routing = self.router(x_TD, ctx)
+        if ctx.training and self.balancers:
+            routing = self._balance(routing, ctx)
+        y_TD = self._run(x_TD, routing, ctx)
+        if self.shared is not None:
+            y_TD = y_TD + self.shared(x_TD)
+        ctx.memo.clear()
+        return y_TD.reshape(x.shape), routing
+
+    def _run(self, x_TD: Tensor, routing: Routing, ctx: RoutingContext) -> Tensor:
+        if not routing.soft:
+            dispatch = Dispatch.of(routing, self.bank.row_to_expert, self.bank.num_experts)
+            return self.bank.run(x_TD, dispatch, ctx.memo)
+        assert routing.merge_GE is not None and routing.group_T is not None
+        merged = self.bank.merge(routing.merge_GE)
+        ones_T = torch.ones_like(x_TD[:, 0])
+        tokens_T = torch.arange(x_TD.shape[0], device=x_TD.device)
+        return merged.run(x_TD, Dispatch.sort(tokens_T, routing.group_T, ones_T, len(merged), x_TD.shape[0]))
+
+    def _balance(self, routing: Routing, ctx: RoutingContext) -> Routing:
+        scope = Scope(ctx.mask, ctx.sequence_ids)
+        losses = {}
+        for name, balancer in self.balancers.items():
+            balancer.observe(routing, scope)
+            value = balancer.loss(routing, scope)
+            if value is not None:
+                losses[f"loss/{name}"] = balancer.coefficient * value
+        return routing.replace(aux={**routing.aux, **losses})
+
+    def after_step(self) -> None:
+        """Call once after every optimiser step: moves the selection biases."""
+        for balancer in self.balancers.values():
+            balancer.after_step()
+
+
+def _named(balance: Mapping[str, float] | Iterable[Balancer]) -> list[tuple[str, float | Balancer]]:
+    if isinstance(balance, Mapping):
+        return list(balance.items())
+    return [(type(b).__name__.lower(), b) for b in balance]
+
+
+def _balancer(name: str, value: float | Balancer, router: Router) -> Balancer:
+    """A registered balancer with its coefficient (a controller's rate), told what it must know of the router."""
+    if isinstance(value, Balancer):
+        balancer = value
+    else:
+        entry = registry.get("balancing", name)
+        balancer = entry.build(**{"rate" if "rate" in entry.parameters else "coefficient": value})
+    balancer.bind(router)
+    return balancer
