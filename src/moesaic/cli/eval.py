@@ -1,0 +1,112 @@
+"""`moesaic eval MODEL --data PATH`: bits per byte and perplexity per domain."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from moesaic.cli.common import Debug, Json, console, emit, progress_console, single
+from moesaic.cli.loading import open_model
+from moesaic.core.documents import read_documents
+from moesaic.core.errors import BadInput
+
+
+def evaluate(
+    model: Annotated[str, typer.Argument(help="A local folder, a hub id, or `bundled`.")] = "bundled",
+    data: Annotated[str, typer.Option(help="Text, or JSON lines of {text, domain}, plain or gzip: a file or a folder.")] = "",
+    max_bytes: Annotated[int | None, typer.Option(help="Score at most this many bytes of each domain.")] = None,
+    context: Annotated[int | None, typer.Option(help="Longest input in tokens; default: the model's, at most 2048.")] = None,
+    stride: Annotated[int | None, typer.Option(help="Tokens scored per further window; default: half the context.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Windows per forward pass; default: as many as fit 256 MB.")] = None,
+    dtype: Annotated[str, typer.Option(help="auto (as stored), float32, bfloat16 or float16.")] = "auto",
+    seed: Annotated[int | None, typer.Option(help="With --max-bytes: sample documents with this seed.")] = None,
+    compare_compressors: Annotated[bool, typer.Option(help="Also xz -9 and zstd -19 on each domain.")] = False,
+    threads: Annotated[int | None, typer.Option(help="CPU threads.")] = None,
+    trust_remote_code: Annotated[bool, typer.Option(help="Let a hub model run its own code.")] = False,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Score documents: bits per byte (comparable across tokenizers), perplexity per token, per domain and overall."""
+    for option, value in (("--max-bytes", max_bytes), ("--batch-size", batch_size), ("--threads", threads)):
+        if value is not None and value < 1:
+            raise BadInput(f"{option} {value}: must be at least 1")
+    if not data:
+        raise BadInput("--data is missing: name a text file, a file of {text, domain} JSON lines, or a folder of them")
+    from moesaic.evaluation import bits_per_byte as bpb
+
+    documents = bpb.select(read_documents(data), max_bytes, seed)
+    if threads:
+        import torch
+
+        torch.set_num_threads(threads)
+    loaded, tokenizer = open_model(model, dtype, dense_ok=True, trust_remote_code=trust_remote_code)
+    columns = (TextColumn("scoring"), BarColumn(), TextColumn("{task.completed:,.0f} / {task.total:,.0f} tokens"))
+    with Progress(*columns, TimeRemainingColumn(), console=progress_console, transient=True) as bar:
+        task = bar.add_task("scoring", total=1)
+        scores = bpb.score_documents(
+            loaded,
+            tokenizer,
+            documents,
+            context=context,
+            stride=stride,
+            batch_size=batch_size,
+            progress=lambda done, total: bar.update(task, completed=done, total=total),
+        )
+    result = bpb.report(model, scores)
+    result["dtype"] = str(next(loaded.parameters()).dtype).removeprefix("torch.")
+    result["context"], result["stride"] = bpb.check_sizes(loaded.config, context, stride)
+    if compare_compressors:
+        _add_compressors(result, scores)
+    lossy = sum(score.lossy_documents for score in scores.values())
+    if lossy:
+        progress_console.print(
+            f"[yellow]the tokenizer does not give back the text of {lossy} documents: bits per byte is too low there[/yellow]"
+        )
+    if json:
+        emit(result)
+    else:
+        console.print(_table(result, compare_compressors))
+
+
+def _add_compressors(result: dict[str, Any], scores: dict[str, Any]) -> None:
+    from moesaic.evaluation.compressors import compare
+
+    for name, row in result["domains"].items():
+        row.update({f"{key}_bits_per_byte": value for key, value in compare(scores[name].texts).items()})
+    for key in ("xz", "zstd"):
+        rows = [row for row in result["domains"].values() if row[f"{key}_bits_per_byte"] is not None]
+        if rows:
+            bits = sum(row[f"{key}_bits_per_byte"] * row["bytes"] for row in rows)
+            result[f"{key}_bits_per_byte"] = bits / sum(row["bytes"] for row in rows)
+
+
+def _table(result: dict[str, Any], compressors: bool) -> Table:
+    table = Table(title=f"{result['model']}: bits per byte, context {result['context']}, {result['dtype']}")
+    table.add_column("domain")
+    names = ["bits/byte", "perplexity", "tokens", "bytes", *(["xz -9", "zstd -19"] if compressors else [])]
+    for name in names:
+        table.add_column(name, justify="right")
+
+    def add(name: str, row: dict[str, Any], **style: Any) -> None:
+        keys = ["bits_per_byte", "perplexity", "tokens", "bytes"]
+        keys += ["xz_bits_per_byte", "zstd_bits_per_byte"] if compressors else []
+        table.add_row(name, *(_cell(row.get(key)) for key in keys), **style)
+
+    for name, row in result["domains"].items():
+        add(name, row)
+    table.add_section()
+    add("all (total bits / total bytes)", result, style="bold")
+    table.add_row("mean over domains", _cell(result["mean_bits_per_byte"]))
+    return table
+
+
+def _cell(value: float | int | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:,}" if isinstance(value, int) else f"{value:,.3f}"
+
+
+app = single(evaluate)
