@@ -1,8 +1,8 @@
 """Products of sorted rows with their own expert's matrix, one expert at a time: the unpacked building blocks.
 
-Shape legend: S routed pairs, A input width, B output width, E experts. `bounds` is offsets_E1 as a Python list, so
-that a host synchronisation happens once per layer. Weights are [E, B, A], any strides, any dtype: a hit expert is
-cast when it is used, an expert without pairs is never read.
+Shape legend: S routed pairs, A input width, B output width, E experts. A span is (expert, start, end): the expert
+owns pairs start : end. Weights are [E, B, A], any strides, any dtype: a hit expert is cast when it is used, an expert
+without pairs is never read.
 """
 
 from __future__ import annotations
@@ -11,55 +11,93 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
+
+from moesaic.kernels.memory import prefer_huge_pages
+
+_onednn = torch.ops.mkldnn._linear_pointwise.default
+
+Span = tuple[int, int, int]
+
+CPU_BLOCK_ROWS = 512
+"""Pairs handled between one gather and the next on a CPU. The inner rows of a block (512 x 2I) stay in cache, and its
+buffers stay small enough that the allocator reuses them: fresh pages cost 5 us each on the machines measured, more
+than the arithmetic done on them. Beyond a few hundred rows nothing is gained."""
 
 
-def hit_experts(bounds: list[int]) -> Iterator[tuple[int, int, int]]:
-    """(expert, start, end) of every expert that owns pairs."""
-    for e in range(len(bounds) - 1):
-        if bounds[e] < bounds[e + 1]:
-            yield e, bounds[e], bounds[e + 1]
+def hit_spans(bounds: list[int]) -> list[Span]:
+    """A span for every expert that owns pairs; `bounds` is offsets_E1 as a list."""
+    return [(e, bounds[e], bounds[e + 1]) for e in range(len(bounds) - 1) if bounds[e] < bounds[e + 1]]
 
 
-def rows_by_weight(rows_SA: Tensor, weight_EBA: Tensor, bias_EB: Tensor | None, bounds: list[int]) -> Tensor:
-    """rows @ weight[e].T + bias[e], as [S, B] in the dtype of the rows."""
-    out_SB = rows_SA.new_empty(rows_SA.shape[0], weight_EBA.shape[1])
-    for e, start, end in hit_experts(bounds):
-        torch.mm(rows_SA[start:end], weight_EBA[e].to(rows_SA.dtype).T, out=out_SB[start:end])
-        if bias_EB is not None:
-            out_SB[start:end] += bias_EB[e].to(rows_SA.dtype)
-    return out_SB
+def blocks(spans: list[Span], device: torch.device) -> Iterator[list[Span]]:
+    """Consecutive spans in groups of about CPU_BLOCK_ROWS pairs on a CPU; all of them elsewhere."""
+    if device.type != "cpu":
+        yield spans
+        return
+    block: list[Span] = []
+    for span in spans:
+        if block and span[2] - block[0][1] > CPU_BLOCK_ROWS:
+            yield block
+            block = []
+        block.append(span)
+    if block:
+        yield block
 
 
-def grad_of_rows(grad_SB: Tensor, weight_EBA: Tensor, bounds: list[int]) -> Tensor:
+def product(rows_sA: Tensor, weight_BA: Tensor, bias_B: Tensor | None = None) -> Tensor:
+    """rows @ weight.T + bias for one expert, any strides. In fp32 on a CPU through oneDNN, which reads a plain matrix
+    at twice the speed of MKL at one row and multiplies 1.4x faster at sixty (AMD; on Intel it is no slower)."""
+    if rows_sA.dtype == torch.float32 and rows_sA.device.type == "cpu" and torch.backends.mkldnn.is_available():
+        return _onednn(rows_sA, weight_BA, bias_B, "none", [], "")
+    return linear(rows_sA, weight_BA, bias_B)
+
+
+def rows_by_weight(rows_SA: Tensor, weight_EBA: Tensor, bias_EB: Tensor | None, spans: list[Span]) -> Tensor:
+    """rows @ weight[e].T + bias[e], as [S, B] in the dtype of the rows. The rows begin with the first span."""
+    if not spans:
+        return rows_SA.new_empty(0, weight_EBA.shape[1])
+    dtype = rows_SA.dtype
+    sizes = [end - start for _, start, end in spans]
+    return torch.cat(
+        [
+            product(rows_sA, weight_EBA[e].to(dtype), None if bias_EB is None else bias_EB[e].to(dtype))
+            for (e, _, _), rows_sA in zip(spans, rows_SA.split(sizes), strict=True)
+        ]
+    )
+
+
+def grad_of_rows(grad_SB: Tensor, weight_EBA: Tensor, spans: list[Span]) -> Tensor:
     """grad @ weight[e], as [S, A]."""
-    out_SA = grad_SB.new_empty(grad_SB.shape[0], weight_EBA.shape[2])
-    for e, start, end in hit_experts(bounds):
-        torch.mm(grad_SB[start:end], weight_EBA[e].to(grad_SB.dtype), out=out_SA[start:end])
-    return out_SA
+    return rows_by_weight(grad_SB, weight_EBA.transpose(1, 2), None, spans)
 
 
-def grad_of_weight(grad_SB: Tensor, rows_SA: Tensor, weight_EBA: Tensor, bounds: list[int]) -> Tensor:
-    """grad[e].T @ rows[e], as [E, B, A] in the weight's dtype and strides. Only experts without pairs are zero-filled:
-    a hit expert's slice is written once, by its product."""
-    d_weight = torch.empty_like(weight_EBA)
-    same = d_weight.dtype == rows_SA.dtype
+def empty_grad(weight_EBA: Tensor, spans: list[Span]) -> Tensor:
+    """Room for a bank's gradient: experts without pairs hold zeros, the others wait for `put_grad_of_weight`."""
+    d_weight = prefer_huge_pages(torch.empty_like(weight_EBA))
+    hit = {e for e, _, _ in spans}
     for e in range(weight_EBA.shape[0]):
-        start, end = bounds[e], bounds[e + 1]
-        if start == end:
+        if e not in hit:
             d_weight[e].zero_()
-        elif same and d_weight[e].is_contiguous():
-            torch.mm(grad_SB[start:end].T, rows_SA[start:end], out=d_weight[e])
-        elif same:  # transposed storage: write the transposed product, straight into place
-            torch.mm(rows_SA[start:end].T, grad_SB[start:end], out=d_weight[e].T)
-        else:
-            d_weight[e] = torch.mm(grad_SB[start:end].T, rows_SA[start:end])
     return d_weight
 
 
-def grad_of_bias(grad_SB: Tensor, bias_EB: Tensor, bounds: list[int]) -> Tensor:
+def put_grad_of_weight(d_weight_EBA: Tensor, grad_SB: Tensor, rows_SA: Tensor, spans: list[Span]) -> None:
+    """d_weight[e] = grad[e].T @ rows[e], written once, straight into place where the dtypes allow."""
+    first = spans[0][1] if spans else 0
+    for e, start, end in spans:
+        here, slot = slice(start - first, end - first), d_weight_EBA[e]
+        if slot.dtype != rows_SA.dtype:
+            slot.copy_(torch.mm(grad_SB[here].T, rows_SA[here]))
+        elif slot.is_contiguous():
+            torch.mm(grad_SB[here].T, rows_SA[here], out=slot)
+        else:
+            torch.mm(rows_SA[here].T, grad_SB[here], out=slot.T)  # transposed storage
+
+
+def put_grad_of_bias(d_bias_EB: Tensor, grad_SB: Tensor, spans: list[Span]) -> None:
     """Row sums per expert, accumulated in fp32 or better."""
     wide = torch.promote_types(grad_SB.dtype, torch.float32)
-    d_bias = torch.zeros_like(bias_EB)
-    for e, start, end in hit_experts(bounds):
-        d_bias[e] = grad_SB[start:end].sum(0, dtype=wide)
-    return d_bias
+    first = spans[0][1] if spans else 0
+    for e, start, end in spans:
+        d_bias_EB[e] = grad_SB[start - first : end - first].sum(0, dtype=wide)

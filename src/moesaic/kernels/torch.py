@@ -13,85 +13,107 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn.functional import silu
 
 from moesaic.core.registry import register
 from moesaic.core.routing import Dispatch
 from moesaic.kernels import products
 from moesaic.kernels.combine import TokenOrder, sum_per_token
+from moesaic.kernels.products import blocks, hit_spans
+from moesaic.kernels.slots import bounds_of
 from moesaic.kernels.weights import Weights, compute_dtype
 
 
 class _SwiGLU(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x_TD, weight_S, gate_up_EHD, down_EDI, gate_up_bias, down_bias, token_S, bounds, dtype):
-        x_SD = x_TD.to(dtype).index_select(0, token_S)
-        h_SH = products.rows_by_weight(x_SD, gate_up_EHD, gate_up_bias, bounds)
-        gate_SI, up_SI = h_SH.chunk(2, dim=1)
-        y_SD = products.rows_by_weight(torch.nn.functional.silu(gate_SI).mul_(up_SI), down_EDI, down_bias, bounds)
+    def forward(ctx: Any, x_TD, weight_S, gate_up_EHD, down_EDI, gate_up_bias, down_bias, token_S, spans, dtype):
         order = TokenOrder.of(token_S, x_TD.shape[0])
+        x_cast_TD = x_TD.to(dtype)
+        pairs = token_S.numel()
+        h_SH = x_cast_TD.new_empty(pairs, gate_up_EHD.shape[1])
+        y_SD = x_cast_TD.new_empty(pairs, x_TD.shape[1])
+        for block in blocks(spans, x_TD.device):
+            here = slice(block[0][1], block[-1][2])
+            x_sD = x_cast_TD.index_select(0, token_S[here])
+            h_sH = h_SH[here] = products.rows_by_weight(x_sD, gate_up_EHD, gate_up_bias, block)
+            gate_sI, up_sI = h_sH.chunk(2, dim=1)
+            y_SD[here] = products.rows_by_weight(silu(gate_sI).mul_(up_sI), down_EDI, down_bias, block)
         ctx.save_for_backward(x_TD, weight_S, gate_up_EHD, down_EDI, gate_up_bias, down_bias, token_S, h_SH, *order)
-        ctx.bounds, ctx.dtype = bounds, dtype
+        ctx.spans, ctx.dtype = spans, dtype
         return sum_per_token(y_SD, weight_S, order, x_TD.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_TD: Tensor):
         x_TD, weight_S, gate_up_EHD, down_EDI, gate_up_bias, down_bias, token_S, h_SH, *order = ctx.saved_tensors
-        bounds, dtype = ctx.bounds, ctx.dtype
         need_x, need_w, need_gate_up, need_down, need_gate_up_bias, need_down_bias = ctx.needs_input_grad[:6]
+        spans, dtype, pairs = ctx.spans, ctx.dtype, token_S.numel()
         wide = torch.promote_types(dtype, torch.float32)
-        weight_S1 = weight_S.unsqueeze(1).to(wide)
-        grad_SD = grad_TD.to(dtype).index_select(0, token_S)
-        gate_SI, up_SI = h_SH.to(wide).chunk(2, dim=1)
-        sigmoid_SI = torch.sigmoid(gate_SI)
-        silu_SI = gate_SI * sigmoid_SI
-        a_SI = silu_SI * up_SI
-        da_SI = products.grad_of_rows(grad_SD, down_EDI, bounds).to(wide)  # before the pair's weight
-        d_weight = d_down = d_gate_up = d_gate_up_bias = d_down_bias = d_x = None
-        if need_w:
-            d_weight = (da_SI * a_SI).sum(1)
-            if down_bias is not None:
-                d_weight = d_weight + products.rows_by_weight(grad_SD, down_bias.unsqueeze(1), None, bounds).squeeze(1)
-            d_weight = d_weight.to(weight_S.dtype)
-        if need_down:
-            d_down = products.grad_of_weight(grad_SD, (a_SI * weight_S1).to(dtype), down_EDI, bounds)
-        if need_down_bias:
-            d_down_bias = products.grad_of_bias(grad_SD * weight_S1, down_bias, bounds)
-        if need_x or need_gate_up or need_gate_up_bias:
-            da_SI = da_SI * weight_S1
-            dh_SH = torch.empty_like(h_SH)
-            d_gate_SI, d_up_SI = dh_SH.chunk(2, dim=1)
-            d_gate_SI.copy_(da_SI * up_SI * (sigmoid_SI + silu_SI * (1 - sigmoid_SI)))
-            d_up_SI.copy_(da_SI * silu_SI)
-            if need_x:
-                d_x = sum_per_token(products.grad_of_rows(dh_SH, gate_up_EHD, bounds), None, TokenOrder(*order), x_TD.dtype)
-            if need_gate_up:
-                x_SD = x_TD.to(dtype).index_select(0, token_S)
-                d_gate_up = products.grad_of_weight(dh_SH, x_SD, gate_up_EHD, bounds)
-            if need_gate_up_bias:
-                d_gate_up_bias = products.grad_of_bias(dh_SH, gate_up_bias, bounds)
+        x_TD_cast, grad_TD_cast = x_TD.to(dtype), grad_TD.to(dtype)
+        dx_SD = x_TD_cast.new_empty(pairs, x_TD.shape[1]) if need_x else None
+        d_weight = torch.empty_like(weight_S) if need_w else None
+        d_gate_up = products.empty_grad(gate_up_EHD, spans) if need_gate_up else None
+        d_down = products.empty_grad(down_EDI, spans) if need_down else None
+        d_gate_up_bias = torch.zeros_like(gate_up_bias) if need_gate_up_bias else None
+        d_down_bias = torch.zeros_like(down_bias) if need_down_bias else None
+        for block in blocks(spans, x_TD.device):
+            here = slice(block[0][1], block[-1][2])
+            weight_s1 = weight_S[here].unsqueeze(1).to(wide)
+            grad_sD = grad_TD_cast.index_select(0, token_S[here])
+            gate_sI, up_sI = h_SH[here].to(wide).chunk(2, dim=1)
+            sigmoid_sI = torch.sigmoid(gate_sI)
+            silu_sI = gate_sI * sigmoid_sI
+            a_sI = silu_sI * up_sI
+            da_sI = products.grad_of_rows(grad_sD, down_EDI, block).to(wide)  # before the pair's weight
+            if d_weight is not None:
+                d_weight_s = (da_sI * a_sI).sum(1)
+                if down_bias is not None:
+                    d_weight_s += products.rows_by_weight(grad_sD, down_bias.unsqueeze(1), None, block).squeeze(1)
+                d_weight[here] = d_weight_s
+            if d_down is not None:
+                products.put_grad_of_weight(d_down, grad_sD, a_sI.mul_(weight_s1).to(dtype), block)
+            if d_down_bias is not None:
+                products.put_grad_of_bias(d_down_bias, grad_sD * weight_s1, block)
+            if not (need_x or need_gate_up or need_gate_up_bias):
+                continue
+            da_sI *= weight_s1
+            dh_sH = h_SH.new_empty(da_sI.shape[0], h_SH.shape[1])
+            d_gate_sI, d_up_sI = dh_sH.chunk(2, dim=1)
+            d_up_sI.copy_(da_sI * silu_sI)
+            # silu'(g) = sigmoid + silu * (1 - sigmoid)
+            slope_sI = silu_sI.mul_(1 - sigmoid_sI).add_(sigmoid_sI)
+            d_gate_sI.copy_(da_sI.mul_(up_sI).mul_(slope_sI))
+            if dx_SD is not None:
+                dx_SD[here] = products.grad_of_rows(dh_sH, gate_up_EHD, block)
+            if d_gate_up is not None:
+                products.put_grad_of_weight(d_gate_up, dh_sH, x_TD_cast.index_select(0, token_S[here]), block)
+            if d_gate_up_bias is not None:
+                products.put_grad_of_bias(d_gate_up_bias, dh_sH, block)
+        d_x = None if dx_SD is None else sum_per_token(dx_SD, None, TokenOrder(*order), x_TD.dtype)
         return d_x, d_weight, d_gate_up, d_down, d_gate_up_bias, d_down_bias, None, None, None
 
 
 class _Product(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, rows_SA, weight_EBA, bias_EB, bounds):
+    def forward(ctx: Any, rows_SA, weight_EBA, bias_EB, spans):
         ctx.save_for_backward(rows_SA, weight_EBA, bias_EB)
-        ctx.bounds = bounds
-        return products.rows_by_weight(rows_SA, weight_EBA, bias_EB, bounds)
+        ctx.spans = spans
+        return products.rows_by_weight(rows_SA, weight_EBA, bias_EB, spans)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_SB: Tensor):
         rows_SA, weight_EBA, bias_EB = ctx.saved_tensors
         need_rows, need_weight, need_bias = ctx.needs_input_grad[:3]
-        grad_SB = grad_SB.contiguous()
-        return (
-            products.grad_of_rows(grad_SB, weight_EBA, ctx.bounds) if need_rows else None,
-            products.grad_of_weight(grad_SB, rows_SA, weight_EBA, ctx.bounds) if need_weight else None,
-            products.grad_of_bias(grad_SB, bias_EB, ctx.bounds) if need_bias else None,
-            None,
-        )
+        spans, grad_SB = ctx.spans, grad_SB.contiguous()
+        d_weight = d_bias = None
+        if need_weight:
+            d_weight = products.empty_grad(weight_EBA, spans)
+            products.put_grad_of_weight(d_weight, grad_SB, rows_SA, spans)
+        if need_bias:
+            d_bias = torch.zeros_like(bias_EB)
+            products.put_grad_of_bias(d_bias, grad_SB, spans)
+        return products.grad_of_rows(grad_SB, weight_EBA, spans) if need_rows else None, d_weight, d_bias, None
 
 
 class _Gather(torch.autograd.Function):
@@ -128,7 +150,7 @@ class _Combine(torch.autograd.Function):
 def torch_path(x_TD: Tensor, dispatch: Dispatch, weights: Weights) -> Tensor:
     """Sorted rows, one matmul per hit expert, hand-written backward; any device and dtype."""
     dtype = compute_dtype(x_TD, weights)
-    bounds = dispatch.offsets_E1.tolist()
+    spans = hit_spans(bounds_of(dispatch))
     with torch.autocast(x_TD.device.type, enabled=False):
         if weights.swiglu:
             return _SwiGLU.apply(
@@ -139,13 +161,13 @@ def torch_path(x_TD: Tensor, dispatch: Dispatch, weights: Weights) -> Tensor:
                 weights.gate_up_bias_EH,
                 weights.down_bias_ED,
                 dispatch.token_S,
-                bounds,
+                spans,
                 dtype,
             )
         order = TokenOrder.of(dispatch.token_S, dispatch.tokens)
         x_SD = _Gather.apply(x_TD.to(dtype), dispatch.token_S, *order)
-        a_SI = weights.activate(_Product.apply(x_SD, weights.gate_up_EHD, weights.gate_up_bias_EH, bounds))
-        y_SD = _Product.apply(a_SI.contiguous(), weights.down_EDI, weights.down_bias_ED, bounds)
+        a_SI = weights.activate(_Product.apply(x_SD, weights.gate_up_EHD, weights.gate_up_bias_EH, spans))
+        y_SD = _Product.apply(a_SI.contiguous(), weights.down_EDI, weights.down_bias_ED, spans)
         if weights.post is not None:
             y_SD = weights.post(y_SD)
         return _Combine.apply(y_SD, dispatch.weight_S, dispatch.token_S, *order, x_TD.dtype)
