@@ -22,6 +22,9 @@ def evaluate(
     stride: Annotated[int | None, typer.Option(help="Tokens scored per further window; default: half the context.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Windows per forward pass; default: as many as fit 256 MB.")] = None,
     dtype: Annotated[str, typer.Option(help="auto (as stored), float32, bfloat16 or float16.")] = "auto",
+    experts: Annotated[
+        str, typer.Option(help="Who computes the experts: moesaic, grouped_mm, batched_mm or eager.")
+    ] = "moesaic",
     seed: Annotated[int | None, typer.Option(help="With --max-bytes: sample documents with this seed.")] = None,
     compare_compressors: Annotated[bool, typer.Option(help="Also xz -9 and zstd -19 on each domain.")] = False,
     threads: Annotated[int | None, typer.Option(help="CPU threads.")] = None,
@@ -42,7 +45,7 @@ def evaluate(
         import torch
 
         torch.set_num_threads(threads)
-    loaded, tokenizer = open_model(model, dtype, dense_ok=True, trust_remote_code=trust_remote_code)
+    loaded, tokenizer, _ = open_model(model, dtype, experts=experts, dense_ok=True, trust_remote_code=trust_remote_code)
     columns = (TextColumn("scoring"), BarColumn(), TextColumn("{task.completed:,.0f} / {task.total:,.0f} tokens"))
     with Progress(*columns, TimeRemainingColumn(), console=progress_console, transient=True) as bar:
         task = bar.add_task("scoring", total=1)

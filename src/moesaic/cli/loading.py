@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
-from moesaic.core.errors import BadInput
-
-DTYPES = ("auto", "float32", "bfloat16", "float16")
+from moesaic.core.errors import BadInput, NotMoE
 
 
-def check_dtype(dtype: str) -> str:
-    if dtype not in DTYPES:
-        raise BadInput(f"--dtype {dtype!r}: one of {', '.join(DTYPES)}")
-    return dtype
+class Opened(NamedTuple):
+    model: Any
+    tokenizer: Any
+    source: str | Path
+    """The folder it came from, or its hub id."""
 
 
 def quiet_transformers() -> None:
@@ -23,11 +23,20 @@ def quiet_transformers() -> None:
     logging.disable_progress_bar()
 
 
-def open_model(name: str, dtype: str, dense_ok: bool, trust_remote_code: bool = False) -> tuple[Any, Any]:
-    """Model and tokenizer of a folder, a hub id or `bundled`."""
-    check_dtype(dtype)
+def open_model(
+    name: str, dtype: str, *, experts: str = "moesaic", dense_ok: bool = False, trust_remote_code: bool = False
+) -> Opened:
+    """Model and tokenizer of a folder, a hub id or `bundled`. Raises BadInput, or NotMoE unless `dense_ok`."""
+    if any(c.isspace() for c in name) and not Path(name).exists():
+        raise BadInput(f'no model {name!r}; MODEL comes before the prompt: moesaic run bundled "{name}"')
     quiet_transformers()
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from moesaic.view import load, resolve_model
 
-    model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, trust_remote_code=trust_remote_code)
-    return model.eval(), AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+    source = resolve_model(name)
+    try:
+        model, tokenizer = load(source, dtype=dtype, experts=experts, dense_ok=dense_ok, trust_remote_code=trust_remote_code)
+    except NotMoE as error:
+        raise NotMoE(f"{name} is not a Mixture-of-Experts model ({error}): pass --dense-ok to run it anyway") from error
+    if tokenizer is None:
+        raise BadInput(f"{name} has no tokenizer: put its tokenizer files beside config.json")
+    return Opened(model, tokenizer, source)

@@ -1,0 +1,240 @@
+"""One `moesaic run`: a loaded model, the conversation so far, what is printed, and what goes into JSON and page."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, TextIO
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from moesaic import __version__
+from moesaic.cli.loading import Opened
+from moesaic.core.errors import NotMoE
+from moesaic.report.files import write_atomically
+from moesaic.report.run_page import Layer, RunPage
+from moesaic.serving.describe import describe
+from moesaic.serving.generate import Generation, Sampling, encode, generate
+from moesaic.serving.stream import token_texts
+from moesaic.serving.usage import LayerUsage, Recorder
+
+
+class Session:
+    """Answers prompts one after another. `turn` is the last answer, `usage` the routing that made it."""
+
+    def __init__(self, name: str, opened: Opened, sampling: Sampling, out: Console, stream: TextIO | None) -> None:
+        from moesaic.view import view
+
+        self.name, self.model, self.tokenizer = name, opened.model, opened.tokenizer
+        self.sampling, self.out, self.stream = sampling, out, stream
+        self.facts = describe(opened.model, opened.source)
+        try:
+            self.recorder: Recorder | None = Recorder(view(opened.model))
+        except NotMoE:
+            self.recorder = None
+        self.turn: Generation | None = None
+        self.usage: list[LayerUsage] = []
+        self.turns: list[dict[str, Any]] = []
+        self.messages: list[dict[str, str]] = []
+        self.ids: list[int] = []
+
+    def encode(self, text: str) -> list[int]:
+        return encode(self.tokenizer, text)
+
+    def answer(self, prompt_ids: list[int]) -> Generation:
+        """Generate, streaming to the screen; raises BadInput when the prompt does not fit."""
+        if self.recorder is None:
+            self.turn = self._generate(prompt_ids)
+        else:
+            with self.recorder.recording():
+                self.turn = self._generate(prompt_ids)
+            self.usage = self.recorder.layers()
+        self._write("\n")
+        if self.turn.stopped in ("context full", "interrupted"):
+            total = len(self.turn.prompt_ids) + len(self.turn.new_ids)
+            self.out.print(f"[yellow]stopped: {self.turn.stopped} ({total:,} tokens)[/yellow]")
+        return self.turn
+
+    def _generate(self, prompt_ids: list[int]) -> Generation:
+        return generate(self.model, self.tokenizer, prompt_ids, self.sampling, self._write)
+
+    def _write(self, text: str) -> None:
+        if self.stream is not None:
+            self.stream.write(text)
+            self.stream.flush()
+
+    def chat(self, message: str) -> None:
+        """Answer a message with the conversation before it; without a chat template, one text simply goes on."""
+        templated = bool(getattr(self.tokenizer, "chat_template", None))
+        if templated:
+            messages = [*self.messages, {"role": "user", "content": message}]
+            prompt = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+            ids = list(self.tokenizer(prompt, add_special_tokens=False)["input_ids"])
+        else:
+            ids = [*self.ids, *(self.encode(message) if not self.ids else self._more("\n" + message))]
+        turn = self.answer(ids)
+        self.ids = [*turn.prompt_ids, *turn.new_ids]
+        self.messages += [{"role": "user", "content": message}, {"role": "assistant", "content": turn.text}]
+        self.turns.append({"prompt": message, "text": turn.text, "tokens": len(turn.new_ids)})
+
+    def _more(self, text: str) -> list[int]:
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def reset(self) -> None:
+        self.messages, self.ids = [], []
+
+    def show_facts(self) -> None:
+        facts = self.facts
+        table = Table.grid(padding=(0, 2))
+        table.add_column(style="dim")
+        table.add_column()
+        table.add_row("model", f"{escape(self.name)}, {facts['architecture']}, {facts['dtype']} on {facts['device']}")
+        if facts["layers"]:
+            active = f", {facts['active_parameters'] / 1e6:,.1f} M active per token"
+            table.add_row("experts", f"{facts['layers']} MoE layers of {facts['experts']} experts, top {facts['top_k']}")
+        else:
+            active = ""
+            table.add_row("experts", "none: a dense model")
+        table.add_row("parameters", f"{facts['parameters'] / 1e6:,.1f} M{active}")
+        table.add_row("bytes", f"{size(facts['resident_bytes'])} resident of {size(facts['total_bytes'])}")
+        if facts["kernels"]:
+            table.add_row("kernels", kernels_in_words(facts["kernels"]))
+        table.add_row("exact", "yes: the weights as stored" if facts["exact"] else "no: weights rounded to a narrower dtype")
+        self.out.print(table)
+
+    def show_prompt(self, text: str) -> None:
+        self.out.print()
+        if self.stream is not None:
+            self.out.print(escape(text), style="bold", end="", highlight=False, soft_wrap=True)
+
+    def show_table(self) -> None:
+        turn = self.turn
+        assert turn is not None
+        table = Table(box=None, padding=(0, 2, 0, 0))
+        for name in ("tokens", "first token", "tokens/s", "stopped"):
+            table.add_column(name, justify="right")
+        first = "-" if turn.time_to_first_token is None else f"{turn.time_to_first_token * 1000:,.0f} ms"
+        rate = "-" if turn.tokens_per_second is None else f"{turn.tokens_per_second:,.1f}"
+        table.add_row(f"{len(turn.prompt_ids):,} + {len(turn.new_ids):,}", first, rate, turn.stopped)
+        self.out.print()
+        self.out.print(table)
+        if not self.usage:
+            return
+        load = Table(box=None, padding=(0, 2, 0, 0))
+        for name in ("layer", "experts used", "max/mean load", "entropy", "busiest"):
+            load.add_column(name, justify="right")
+        for layer in self.usage:
+            row = layer.summary()
+            busiest = max(range(layer.num_experts), key=row["load"].__getitem__)
+            load.add_row(
+                str(layer.layer),
+                f"{row['experts_used']} / {row['experts']}",
+                f"{row['max_over_mean']:.2f}",
+                f"{row['entropy']:.3f}",
+                f"{busiest} ({row['load'][busiest] / max(1, sum(row['load'])):.0%})",
+            )
+        self.out.print()
+        self.out.print(load)
+
+    def result(self, page: Path | None) -> dict[str, Any]:
+        """The command's JSON object."""
+        turn = self.turn
+        assert turn is not None
+        layers = [layer.summary() for layer in self.usage]
+        facts = {k: v for k, v in self.facts.items() if k != "layers"}
+        return {
+            "model": self.name,
+            "layers": self.facts["layers"],
+            **facts,
+            "text": turn.text,
+            "tokens": len(turn.new_ids),
+            "prompt_tokens": len(turn.prompt_ids),
+            "tokens_per_second": turn.tokens_per_second,
+            "time_to_first_token_seconds": turn.time_to_first_token,
+            "seconds": turn.seconds,
+            "stopped": turn.stopped,
+            "experts_used": [layer["experts_used"] for layer in layers],
+            "load": layers,
+            "page": None if page is None else str(page),
+            **({"turns": self.turns} if self.turns else {}),
+        }
+
+    def write_page(self, path: Path, command: str) -> Path:
+        turn = self.turn
+        assert turn is not None
+        facts = self.facts
+        rate = f"{turn.tokens_per_second:,.1f}" if turn.tokens_per_second else "-"
+        first = f"first after {turn.time_to_first_token * 1000:,.0f} ms" if turn.time_to_first_token is not None else ""
+        cells = [
+            ("parameters", f"{facts['parameters'] / 1e6:,.1f} M", _active(facts)),
+            ("MoE layers", str(facts["layers"]), ""),
+            ("experts per layer", str(facts["experts"]), f"top {facts['top_k']}"),
+            ("bytes resident", size(facts["resident_bytes"]), f"of {size(facts['total_bytes'])}, {facts['dtype']}"),
+            ("tokens", f"{len(turn.prompt_ids):,} + {len(turn.new_ids):,}", "prompt + new"),
+            ("tokens per second", rate, first),
+        ]
+        if not facts["layers"]:
+            cells = [cell for cell in cells if cell[0] not in ("MoE layers", "experts per layer")]
+        kernels = kernels_in_words(facts["kernels"])
+        ids = [*turn.prompt_ids, *turn.new_ids]
+        page = RunPage(
+            title=self.name,
+            architecture=facts["architecture"],
+            intro=f"{len(turn.new_ids):,} new tokens; stopped: {turn.stopped}.",
+            facts=cells,
+            tokens=token_texts(self.tokenizer, ids),
+            routed=min((layer.experts_TK.shape[0] for layer in self.usage), default=0),
+            layers=[_layer(layer) for layer in self.usage],
+            marks=[(0, "prompt"), (len(turn.prompt_ids), "answer")],
+            made=_made(self.sampling, kernels, facts["exact"]),
+            command=command,
+        )
+        written = write_atomically(path, page.html())
+        self.out.print(f"\npage: {escape(str(written))}", highlight=False)
+        return written
+
+
+def _layer(usage: LayerUsage) -> Layer:
+    row = usage.summary()
+    return Layer(
+        usage.layer,
+        usage.num_experts,
+        usage.experts_TK.numpy(),
+        usage.weights_TK.numpy(),
+        row["load"],
+        row["experts_used"],
+        row["max_over_mean"],
+        row["entropy"],
+    )
+
+
+def _active(facts: dict[str, Any]) -> str:
+    return f"{facts['active_parameters'] / 1e6:,.1f} M active" if "active_parameters" in facts else ""
+
+
+def _made(sampling: Sampling, kernels: str, exact: bool) -> str:
+    drawn = "the most likely token each time" if sampling.temperature == 0 else f"temperature {sampling.temperature:g}"
+    parts = [f"moesaic {__version__}; {drawn}, seed {sampling.seed}"]
+    if kernels:
+        parts.append(f"kernels: {kernels}")
+    parts.append("weights as stored" if exact else "weights rounded to a narrower dtype: not exact")
+    return ". ".join(parts) + "."
+
+
+def kernels_in_words(kernels: list[dict[str, str]]) -> str:
+    """One phrase where every size takes the same kernel for the same reason, else one for each."""
+    choices = [f"{k['backend']} ({k['reason']})" for k in kernels]
+    if len(set(choices)) == 1:
+        return choices[0]
+    return "; ".join(f"{k['for']}: {choice}" for k, choice in zip(kernels, choices, strict=True))
+
+
+def size(count: int) -> str:
+    """Bytes for people: decimal units, as disks and networks count."""
+    value = float(count)
+    for unit in ("B", "kB", "MB", "GB"):
+        if value < 1000:
+            return f"{value:,.0f} {unit}" if unit == "B" else f"{value:,.1f} {unit}"
+        value /= 1000
+    return f"{value:,.1f} TB"

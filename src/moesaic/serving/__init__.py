@@ -1,0 +1,1 @@
+"""Serving: tokens out of a model, and what each expert did for them."""

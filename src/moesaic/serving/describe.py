@@ -1,0 +1,102 @@
+"""What a loaded model is: architecture, layers, experts, bytes, and the kernels that will run its experts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from moesaic.core.errors import NotMoE
+
+
+def describe(model: Any, source: Any = None) -> dict[str, Any]:
+    """The facts that `moesaic run` prints before its first token; a dense model has no layers of experts."""
+    from moesaic.view import view
+
+    facts: dict[str, Any] = {
+        "architecture": type(model).__name__,
+        "layers": 0,
+        "experts": 0,
+        "top_k": 0,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
+        "device": str(next(model.parameters()).device),
+        "total_bytes": _bytes(model, resident=False),
+        "resident_bytes": _bytes(model, resident=True),
+        "exact": _exact(model, source),
+        "kernels": [],
+    }
+    try:
+        blocks = view(model)
+    except NotMoE:
+        return facts
+    facts.update({k: v for k, v in blocks.summary().items() if k in ("layers", "experts", "top_k", "expert_bytes")})
+    facts["active_parameters"] = _active(facts["parameters"], blocks)
+    facts["kernels"] = _kernels(model, blocks[0])
+    return facts
+
+
+def _bytes(model: nn.Module, resident: bool) -> int:
+    tensors = {id(t): t for t in [*model.parameters(), *model.buffers()]}.values()
+    return sum(t.numel() * t.element_size() for t in tensors if not (resident and t.is_meta))
+
+
+def _active(parameters: int, blocks: Any) -> int:
+    """Parameters that one token touches: all but the experts that it does not choose."""
+    idle = 0
+    for block in blocks:
+        of_experts = sum(p.numel() for p in block.experts.parameters())
+        idle += of_experts * (block.num_experts - block.top_k) // block.num_experts
+    return parameters - idle
+
+
+def _exact(model: Any, source: Any) -> bool:
+    """False when the weights in memory are not those in the file: a narrower dtype was asked for."""
+    stored = _stored_dtypes(Path(source)) if source is not None and Path(source).is_dir() else set()
+    kept = {"F32": 24, "BF16": 8, "F16": 11, "F64": 53}
+    digits = {torch.float32: 24, torch.bfloat16: 8, torch.float16: 11, torch.float64: 53}
+    held = digits.get(next(model.parameters()).dtype, 0)
+    # bf16 into fp16 keeps the digits but not the range.
+    ranged = next(model.parameters()).dtype is torch.float16 and "BF16" in stored
+    return not ranged and all(held >= kept[name] for name in stored if name in kept)
+
+
+def _stored_dtypes(folder: Path) -> set[str]:
+    from safetensors import safe_open
+
+    found = set()
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as handle:
+            found |= {handle.get_slice(name).get_dtype() for name in handle.keys()}  # noqa: SIM118
+    return found
+
+
+def _kernels(model: Any, block: Any) -> list[dict[str, str]]:
+    """Backend and reason for one token (decoding) and for many (the prompt), as the dispatcher would choose them."""
+    name = getattr(model.config.get_text_config(), "_experts_implementation", None) or "eager"
+    if name != "moesaic":
+        return [{"for": "experts", "backend": name, "reason": "transformers' own, as asked with --experts"}]
+    from moesaic.kernels.dispatch import choose
+    from moesaic.kernels.weights import Weights
+
+    experts = block.experts
+    up = experts.gate_up_proj if experts.has_gate else experts.up_proj
+    weights = Weights(
+        up,
+        experts.down_proj,
+        getattr(experts, "act_fn", "silu"),
+        experts.has_gate,
+        None,
+        None,
+        experts.is_transposed,
+        None,
+        None,
+    )
+    found = []
+    with torch.inference_mode():
+        for label, tokens in (("one token", 1), ("a prompt of 64", 64)):
+            choice = choose(torch.empty(tokens, block.width, dtype=up.dtype, device=up.device), weights)
+            found.append({"for": label, "backend": choice.backend, "reason": choice.reason})
+    return found
