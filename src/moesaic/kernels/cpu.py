@@ -24,19 +24,19 @@ from moesaic.core.routing import Dispatch
 from moesaic.kernels.combine import TokenOrder, sum_per_token
 from moesaic.kernels.memory import scratch
 from moesaic.kernels.packing import packed_for
-from moesaic.kernels.products import blocks, hit_spans, product
+from moesaic.kernels.products import Span, blocks, hit_spans, rows_by_weight
 from moesaic.kernels.slots import bounds_of
 from moesaic.kernels.weights import Weights, compute_dtype
 
 
 class Store(Protocol):
-    """Where the weights of a bank come from. `first` maps rows [s, D] to [s, H], `second` [s, I] to [s, D]."""
+    """Where the weights of a bank come from: products of a block's sorted rows with their own expert's matrix."""
 
     dtype: torch.dtype
 
     def ready(self, experts: Iterable[int]) -> None: ...
-    def first(self, e: int, x_sD: Tensor, bias_H: Tensor | None) -> Tensor: ...
-    def second(self, e: int, a_sI: Tensor, bias_D: Tensor | None) -> Tensor: ...
+    def first(self, x_sD: Tensor, spans: list[Span]) -> Tensor: ...
+    def second(self, a_sI: Tensor, spans: list[Span]) -> Tensor: ...
 
 
 class Plain:
@@ -49,11 +49,11 @@ class Plain:
     def ready(self, experts: Iterable[int]) -> None:
         pass
 
-    def first(self, e: int, x_sD: Tensor, bias_H: Tensor | None) -> Tensor:
-        return product(x_sD, self.gate_up_EHD[e].to(self.dtype), bias_H)
+    def first(self, x_sD: Tensor, spans: list[Span]) -> Tensor:
+        return rows_by_weight(x_sD, self.gate_up_EHD, None, spans)
 
-    def second(self, e: int, a_sI: Tensor, bias_D: Tensor | None) -> Tensor:
-        return product(a_sI, self.down_EDI[e].to(self.dtype), bias_D)
+    def second(self, a_sI: Tensor, spans: list[Span]) -> Tensor:
+        return rows_by_weight(a_sI, self.down_EDI, None, spans)
 
 
 @register("kernels", "cpu", card="benchmarks.md#moe-layer", devices="cpu", training=False)
@@ -84,25 +84,19 @@ def run(x_TD: Tensor, dispatch: Dispatch, weights: Weights, store: Store) -> Ten
         return sum_per_token(y_SD, dispatch.weight_S, order, x_TD.dtype)
 
 
-def _block(x_sD: Tensor, block: list[tuple[int, int, int]], weights: Weights, store: Store) -> Tensor:
-    sizes = [end - start for _, start, end in block]
-    experts = [e for e, _, _ in block]
-    bias_EH, bias_ED = weights.gate_up_bias_EH, weights.down_bias_ED
-    h_sH = torch.cat(
-        [
-            store.first(e, rows, None if bias_EH is None else bias_EH[e].to(store.dtype))
-            for e, rows in zip(experts, x_sD.split(sizes), strict=True)
-        ]
-    )
+def _block(x_sD: Tensor, block: list[Span], weights: Weights, store: Store) -> Tensor:
+    h_sH = _add_bias(store.first(x_sD, block), weights.gate_up_bias_EH, block)
     if weights.swiglu:
         gate_sI, up_sI = h_sH.chunk(2, dim=1)
         a_sI = silu(gate_sI).mul_(up_sI)
     else:
-        a_sI = weights.activate(h_sH)
-    y_sD = torch.cat(
-        [
-            store.second(e, rows, None if bias_ED is None else bias_ED[e].to(store.dtype))
-            for e, rows in zip(experts, a_sI.split(sizes), strict=True)
-        ]
-    )
+        a_sI = weights.activate(h_sH).contiguous()
+    y_sD = _add_bias(store.second(a_sI, block), weights.down_bias_ED, block)
     return y_sD if weights.post is None else weights.post(y_sD)
+
+
+def _add_bias(rows_sB: Tensor, bias_EB: Tensor | None, block: list[Span]) -> Tensor:
+    if bias_EB is None:
+        return rows_sB
+    expert_s = torch.tensor([e for e, start, end in block for _ in range(start, end)])
+    return rows_sB.add_(bias_EB.to(rows_sB.dtype).index_select(0, expert_s))

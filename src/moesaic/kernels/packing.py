@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from moesaic.core.errors import BadInput
+from moesaic.kernels.products import Span
 from moesaic.kernels.weights import Weights
 
 ROWS_HINT = 64
@@ -109,11 +110,16 @@ class PackedBank:
         self.ready([e])
         return self._gate_up[e].to_dense(), self._down[e].to_dense()
 
-    def first(self, e: int, x_sD: Tensor, bias_H: Tensor | None) -> Tensor:
-        return _linear(x_sD, self._gate_up[e], bias_H, "none", [], "")
+    def first(self, x_sD: Tensor, spans: list[Span]) -> Tensor:
+        return _products(x_sD, self._gate_up, spans)
 
-    def second(self, e: int, a_sI: Tensor, bias_D: Tensor | None) -> Tensor:
-        return _linear(a_sI, self._down[e], bias_D, "none", [], "")
+    def second(self, a_sI: Tensor, spans: list[Span]) -> Tensor:
+        return _products(a_sI, self._down, spans)
+
+
+def _products(rows_sA: Tensor, packed: list[Tensor | None], spans: list[Span]) -> Tensor:
+    rows = rows_sA.split([end - start for _, start, end in spans])
+    return torch.cat([_linear(r, packed[e], None, "none", [], "") for (e, _, _), r in zip(spans, rows, strict=True)])
 
 
 _linear = torch.ops.mkldnn._linear_pointwise.default

@@ -35,9 +35,8 @@ class _SwiGLU(torch.autograd.Function):
         for block in blocks(spans, x_TD.device):
             here = slice(block[0][1], block[-1][2])
             x_sD = x_cast_TD.index_select(0, token_S[here])
-            h_sH = h_SH[here] = products.rows_by_weight(x_sD, gate_up_EHD, gate_up_bias, block)
-            gate_sI, up_sI = h_sH.chunk(2, dim=1)
-            y_SD[here] = products.rows_by_weight(silu(gate_sI).mul_(up_sI), down_EDI, down_bias, block)
+            gate_sI, up_sI = products.rows_by_weight(x_sD, gate_up_EHD, gate_up_bias, block, h_SH[here]).chunk(2, dim=1)
+            products.rows_by_weight(silu(gate_sI).mul_(up_sI), down_EDI, down_bias, block, y_SD[here])
         ctx.save_for_backward(x_TD, weight_S, gate_up_EHD, down_EDI, gate_up_bias, down_bias, token_S, h_SH, *order)
         ctx.spans, ctx.dtype = spans, dtype
         return sum_per_token(y_SD, weight_S, order, x_TD.dtype)
@@ -61,8 +60,7 @@ class _SwiGLU(torch.autograd.Function):
             weight_s1 = weight_S[here].unsqueeze(1).to(wide)
             grad_sD = grad_TD_cast.index_select(0, token_S[here])
             gate_sI, up_sI = h_SH[here].to(wide).chunk(2, dim=1)
-            sigmoid_sI = torch.sigmoid(gate_sI)
-            silu_sI = gate_sI * sigmoid_sI
+            silu_sI = silu(gate_sI)
             a_sI = silu_sI * up_sI
             da_sI = products.grad_of_rows(grad_sD, down_EDI, block).to(wide)  # before the pair's weight
             if d_weight is not None:
@@ -71,7 +69,9 @@ class _SwiGLU(torch.autograd.Function):
                     d_weight_s += products.rows_by_weight(grad_sD, down_bias.unsqueeze(1), None, block).squeeze(1)
                 d_weight[here] = d_weight_s
             if d_down is not None:
-                products.put_grad_of_weight(d_down, grad_sD, a_sI.mul_(weight_s1).to(dtype), block)
+                products.put_grad_of_weight(
+                    d_down, grad_sD, torch.mul(a_sI, weight_s1, out=a_sI.new_empty(a_sI.shape, dtype=dtype)), block
+                )
             if d_down_bias is not None:
                 products.put_grad_of_bias(d_down_bias, grad_sD * weight_s1, block)
             if not (need_x or need_gate_up or need_gate_up_bias):
@@ -79,12 +79,10 @@ class _SwiGLU(torch.autograd.Function):
             da_sI *= weight_s1
             dh_sH = h_SH.new_empty(da_sI.shape[0], h_SH.shape[1])
             d_gate_sI, d_up_sI = dh_sH.chunk(2, dim=1)
-            d_up_sI.copy_(da_sI * silu_sI)
-            # silu'(g) = sigmoid + silu * (1 - sigmoid)
-            slope_sI = silu_sI.mul_(1 - sigmoid_sI).add_(sigmoid_sI)
-            d_gate_sI.copy_(da_sI.mul_(up_sI).mul_(slope_sI))
+            torch.mul(da_sI, silu_sI, out=d_up_sI)
+            d_gate_sI.copy_(torch.ops.aten.silu_backward(da_sI.mul_(up_sI), gate_sI))
             if dx_SD is not None:
-                dx_SD[here] = products.grad_of_rows(dh_sH, gate_up_EHD, block)
+                products.grad_of_rows(dh_sH, gate_up_EHD, block, dx_SD[here])
             if d_gate_up is not None:
                 products.put_grad_of_weight(d_gate_up, dh_sH, x_TD_cast.index_select(0, token_S[here]), block)
             if d_gate_up_bias is not None:
