@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from moesaic.core.errors import BadInput, NotMoE
 from moesaic.core.routing import Routing
-from moesaic.view import discover, tap
+from moesaic.view import discover, implementation, tap
 from moesaic.view.bank import ViewBank
 from moesaic.view.policy import Policy, ids_at, resolve
 
@@ -95,14 +95,13 @@ class Block:
     def kind(self) -> Kind:
         experts = self.experts
         act = getattr(experts, "act_fn", None)
-        own = experts.has_gate and type(experts)._apply_gate.__module__ != "transformers.integrations.moe"
         name = getattr(act, "__name__", None) or type(act).__name__ if act is not None else "own"
         return Kind(
             self.bank.gated,
             self.bank.biased,
             self.bank.transposed,
             self.bank.interleaved,
-            own,
+            implementation.has_own_gate(experts),
             bool(getattr(experts, "has_post_expert_norm", False)),
             name,
         )

@@ -2,48 +2,63 @@
 
 from __future__ import annotations
 
-import itertools
+import inspect
+import warnings
 from typing import Any
 
-import torch
 from torch import Tensor
-from torch.nn.functional import linear
 from transformers.integrations import moe as transformers_moe
 
+from moesaic.core.errors import BadInput
 from moesaic.core.routing import Dispatch
+from moesaic.kernels import expert_mlp
 
 NAME = "moesaic"
 
 
 def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """The experts call: x [T, D], ids [T, K] (outside [0, E): empty slot), weights [T, K] -> y [T, D]."""
-    dispatch = Dispatch.of_slots(top_k_index, top_k_weights, self.down_proj.shape[0])
-    return run(self, hidden_states, dispatch)
+    return run(self, hidden_states, Dispatch.of_slots(top_k_index, top_k_weights, self.down_proj.shape[0]))
 
 
 def run(experts: Any, x_TD: Tensor, dispatch: Dispatch) -> Tensor:
     """Run a dispatch on a bank as stored: gated or not, biased, transposed, interleaved, own gate, normed output."""
-    out_TD = torch.zeros_like(x_TD)
-    transposed, biased = experts.is_transposed, experts.has_bias
+    if experts.down_proj.element_size() < 2:
+        raise BadInput(
+            f"{type(experts).__name__} stores {experts.down_proj.dtype} with scales, which our kernels do not read; "
+            'load it dequantised, or with experts_implementation="grouped_mm"'
+        )
     up_name = "gate_up_proj" if experts.has_gate else "up_proj"
-    up_EHD, down_EDI = getattr(experts, up_name), experts.down_proj
-    apply = experts._apply_gate if experts.has_gate else experts.act_fn
-    bounds = dispatch.offsets_E1.tolist()
-    for e, (start, end) in enumerate(itertools.pairwise(bounds)):
-        if start == end:
-            continue
-        token_s = dispatch.token_S[start:end]
-        up_bias = getattr(experts, up_name + "_bias")[e] if biased else None
-        down_bias = experts.down_proj_bias[e] if biased else None
-        h_sH = linear(x_TD[token_s], up_EHD[e].T if transposed else up_EHD[e], up_bias)
-        y_sD = linear(apply(h_sH), down_EDI[e].T if transposed else down_EDI[e], down_bias)
-        if getattr(experts, "has_post_expert_norm", False):
-            y_sD = experts.post_expert_norm(y_sD)
-        y_sD = y_sD * dispatch.weight_S[start:end, None]
-        out_TD = out_TD.index_add(0, token_s, y_sD.to(out_TD.dtype))
-    return out_TD
+    return expert_mlp(
+        x_TD,
+        dispatch,
+        getattr(experts, up_name),
+        experts.down_proj,
+        act=getattr(experts, "act_fn", "silu"),
+        gated=experts.has_gate,
+        gate_up_bias=getattr(experts, up_name + "_bias") if experts.has_bias else None,
+        down_bias=experts.down_proj_bias if experts.has_bias else None,
+        transposed=experts.is_transposed,
+        apply_gate=experts._apply_gate if has_own_gate(experts) else None,
+        post=experts.post_expert_norm if getattr(experts, "has_post_expert_norm", False) else None,
+    )
+
+
+def has_own_gate(experts: Any) -> bool:
+    """Whether the architecture brings a gate of its own instead of the decorator's act(gate) * up."""
+    return bool(experts.has_gate) and type(experts)._apply_gate.__module__ != transformers_moe.__name__
 
 
 def register() -> None:
     """Make the name known to transformers; called when `moesaic.view` is imported."""
     transformers_moe.ALL_EXPERTS_FUNCTIONS.register(NAME, experts_forward)
+    try:
+        from transformers.integrations.finegrained_fp8 import ALL_FP8_EXPERTS_FUNCTIONS
+    except ImportError:
+        return
+    ALL_FP8_EXPERTS_FUNCTIONS.register(NAME, _fp8_forward)
+
+
+def _fp8_forward(self: Any, *args: Any, **kwargs: Any) -> Tensor:
+    warnings.warn("moesaic has no FP8 kernels yet: these experts run transformers' own FP8 code", stacklevel=2)
+    return inspect.unwrap(type(self).forward)(self, *args, **kwargs)
