@@ -1,6 +1,24 @@
 """Grouped expert computation: a naive twin, a torch path, a CPU path, a Triton path, and one dispatcher."""
 
-from moesaic.kernels.dispatch import choose, expert_mlp
-from moesaic.kernels.weights import Weights
+from moesaic.kernels.dispatch import choose, expert_mlp, expert_mlp_slots, expert_mlp_stored, explain
+from moesaic.kernels.packing import PackedBank, allow_packing, pack, packing_state
+from moesaic.kernels.quantized import QuantizedBank, quantize_bank
+from moesaic.kernels.slots import dispatch_slots
+from moesaic.kernels.weights import Form, Weights
 
-__all__ = ["Weights", "choose", "expert_mlp"]
+__all__ = [
+    "Form",
+    "PackedBank",
+    "QuantizedBank",
+    "Weights",
+    "allow_packing",
+    "choose",
+    "dispatch_slots",
+    "expert_mlp",
+    "expert_mlp_slots",
+    "expert_mlp_stored",
+    "explain",
+    "pack",
+    "packing_state",
+    "quantize_bank",
+]

@@ -26,7 +26,7 @@ from moesaic.kernels.memory import scratch
 from moesaic.kernels.packing import packed_for
 from moesaic.kernels.products import Span, blocks, hit_spans, rows_by_weight
 from moesaic.kernels.slots import bounds_of
-from moesaic.kernels.weights import Weights, compute_dtype
+from moesaic.kernels.weights import Form, Weights, compute_dtype
 
 
 class Store(Protocol):
@@ -60,11 +60,11 @@ class Plain:
 def cpu(x_TD: Tensor, dispatch: Dispatch, weights: Weights) -> Tensor:
     """Inference on a CPU in cache-sized blocks, from packed weights where packing is allowed."""
     dtype = compute_dtype(x_TD, weights)
-    return run(x_TD, dispatch, weights, packed_for(weights, dtype) or Plain(weights, dtype))
+    return run(x_TD, dispatch, weights.form, packed_for(weights, dtype) or Plain(weights, dtype))
 
 
-def run(x_TD: Tensor, dispatch: Dispatch, weights: Weights, store: Store) -> Tensor:
-    """y [T, D] in x's dtype; `weights` says how (activation, biases, hooks), `store` gives the products."""
+def run(x_TD: Tensor, dispatch: Dispatch, form: Form, store: Store) -> Tensor:
+    """y [T, D] in x's dtype; `form` says what happens around the products, `store` computes them. No gradients."""
     if x_TD.device.type != "cpu":
         raise BadInput(f"the cpu kernel got a tensor on {x_TD.device}")
     with torch.no_grad(), torch.autocast("cpu", enabled=False):
@@ -77,22 +77,22 @@ def run(x_TD: Tensor, dispatch: Dispatch, weights: Weights, store: Store) -> Ten
         y_SD = scratch("pairs", spans[-1][2], x_TD.shape[1], wide)
         for block in blocks(spans, x_TD.device):
             here = slice(block[0][1], block[-1][2])
-            y_SD[here] = _block(x_cast_TD.index_select(0, dispatch.token_S[here]), block, weights, store)
+            y_SD[here] = _block(x_cast_TD.index_select(0, dispatch.token_S[here]), block, form, store)
         if dispatch.tokens == 1:
             return torch.mv(y_SD.T, dispatch.weight_S.to(wide)).to(x_TD.dtype).unsqueeze(0)
         order = TokenOrder.of(dispatch.token_S, dispatch.tokens)
         return sum_per_token(y_SD, dispatch.weight_S, order, x_TD.dtype)
 
 
-def _block(x_sD: Tensor, block: list[Span], weights: Weights, store: Store) -> Tensor:
-    h_sH = _add_bias(store.first(x_sD, block), weights.gate_up_bias_EH, block)
-    if weights.swiglu:
+def _block(x_sD: Tensor, block: list[Span], form: Form, store: Store) -> Tensor:
+    h_sH = _add_bias(store.first(x_sD, block), form.gate_up_bias_EH, block)
+    if form.swiglu:
         gate_sI, up_sI = h_sH.chunk(2, dim=1)
         a_sI = silu(gate_sI).mul_(up_sI)
     else:
-        a_sI = weights.activate(h_sH).contiguous()
-    y_sD = _add_bias(store.second(a_sI, block), weights.down_bias_ED, block)
-    return y_sD if weights.post is None else weights.post(y_sD)
+        a_sI = form.activate(h_sH).contiguous()
+    y_sD = _add_bias(store.second(a_sI, block), form.down_bias_ED, block)
+    return y_sD if form.post is None else form.post(y_sD)
 
 
 def _add_bias(rows_sB: Tensor, bias_EB: Tensor | None, block: list[Span]) -> Tensor:

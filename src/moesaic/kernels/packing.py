@@ -108,7 +108,9 @@ class PackedBank:
     def expert(self, e: int) -> tuple[Tensor, Tensor]:
         """Expert e as plain matrices [H, D] and [D, I], the exact numbers that were packed."""
         self.ready([e])
-        return self._gate_up[e].to_dense(), self._down[e].to_dense()
+        gate_up, down = self._gate_up[e], self._down[e]
+        assert gate_up is not None and down is not None
+        return gate_up.to_dense(), down.to_dense()
 
     def first(self, x_sD: Tensor, spans: list[Span]) -> Tensor:
         return _products(x_sD, self._gate_up, spans)
@@ -157,6 +159,8 @@ def packed_for(weights: Weights, dtype: torch.dtype) -> PackedBank | None:
     global _promised
     if not _granted or weights.gate_up.dtype != dtype or weights.down.dtype != dtype or not can_pack(dtype):
         return None
+    if weights.gate_up._is_view() or weights.down._is_view():
+        return None  # a passing view would be packed on every call
     key = id(weights.gate_up)
     held = _banks.get(key)
     if held is not None and held[0]() is weights.gate_up:
@@ -175,3 +179,19 @@ def packed_for(weights: Weights, dtype: torch.dtype) -> PackedBank | None:
     bank = PackedBank(weights.gate_up, weights.down, weights.transposed)
     _banks[key] = weakref.ref(weights.gate_up, forget), bank
     return bank
+
+
+def pack(gate_up: Tensor, down: Tensor, *, transposed: bool = False) -> PackedBank:
+    """Pack a whole bank now, whatever the budget; afterwards its source tensors may be freed (`expert_mlp_stored`)."""
+    return PackedBank(gate_up, down, transposed).pack_all()
+
+
+def budget_reason(weights: Weights, dtype: torch.dtype) -> str:
+    """Why these weights are, or are not, read from packed copies."""
+    if not _granted:
+        return "weights as stored (no packing budget granted)"
+    if weights.gate_up.dtype != dtype or not can_pack(dtype):
+        return f"weights as stored (oneDNN packs no {dtype} of {weights.gate_up.dtype} weights here)"
+    if id(weights.gate_up) in _banks or _promised + weights.gate_up.nbytes + weights.down.nbytes <= _granted:
+        return "oneDNN-packed weights"
+    return f"weights as stored (packing budget of {_granted} bytes is spent)"

@@ -66,7 +66,8 @@ def _grouped(rows_SA: Tensor, weight_EBA: Tensor, spans: list[Span], out_SB: Ten
     ):
         return None
     low, high, first = spans[0][0], spans[-1][0], spans[0][1]
-    ends, at = [], 0
+    ends: list[int] = []
+    at = 0
     for e, _, end in spans:
         ends += [at] * (e - low - len(ends)) + [end - first]
         at = end - first

@@ -24,13 +24,13 @@ def reference(x_TD: Tensor, dispatch: Dispatch, weights: Weights) -> Tensor:
             continue
         token_s = dispatch.token_S[start:end]
         h_sH = linear(x_TD[token_s].to(dtype), weights.gate_up_EHD[e].to(dtype))
-        if weights.gate_up_bias_EH is not None:
-            h_sH = h_sH + weights.gate_up_bias_EH[e].to(dtype)
-        y_sD = linear(weights.activate(h_sH), weights.down_EDI[e].to(dtype))
-        if weights.down_bias_ED is not None:
-            y_sD = y_sD + weights.down_bias_ED[e].to(dtype)
-        if weights.post is not None:
-            y_sD = weights.post(y_sD)
+        if weights.form.gate_up_bias_EH is not None:
+            h_sH = h_sH + weights.form.gate_up_bias_EH[e].to(dtype)
+        y_sD = linear(weights.form.activate(h_sH), weights.down_EDI[e].to(dtype))
+        if weights.form.down_bias_ED is not None:
+            y_sD = y_sD + weights.form.down_bias_ED[e].to(dtype)
+        if weights.form.post is not None:
+            y_sD = weights.form.post(y_sD)
         weighted_sD = y_sD.to(out_TD.dtype) * dispatch.weight_S[start:end, None].to(out_TD.dtype)
         out_TD = out_TD.index_add(0, token_s, weighted_sD)
     return out_TD.to(x_TD.dtype)

@@ -150,22 +150,22 @@ def torch_path(x_TD: Tensor, dispatch: Dispatch, weights: Weights) -> Tensor:
     dtype = compute_dtype(x_TD, weights)
     spans = hit_spans(bounds_of(dispatch))
     with torch.autocast(x_TD.device.type, enabled=False):
-        if weights.swiglu:
+        if weights.form.swiglu:
             return _SwiGLU.apply(
                 x_TD,
                 dispatch.weight_S,
                 weights.gate_up_EHD,
                 weights.down_EDI,
-                weights.gate_up_bias_EH,
-                weights.down_bias_ED,
+                weights.form.gate_up_bias_EH,
+                weights.form.down_bias_ED,
                 dispatch.token_S,
                 spans,
                 dtype,
             )
         order = TokenOrder.of(dispatch.token_S, dispatch.tokens)
         x_SD = _Gather.apply(x_TD.to(dtype), dispatch.token_S, *order)
-        a_SI = weights.activate(_Product.apply(x_SD, weights.gate_up_EHD, weights.gate_up_bias_EH, spans))
-        y_SD = _Product.apply(a_SI.contiguous(), weights.down_EDI, weights.down_bias_ED, spans)
-        if weights.post is not None:
-            y_SD = weights.post(y_SD)
+        a_SI = weights.form.activate(_Product.apply(x_SD, weights.gate_up_EHD, weights.form.gate_up_bias_EH, spans))
+        y_SD = _Product.apply(a_SI.contiguous(), weights.down_EDI, weights.form.down_bias_ED, spans)
+        if weights.form.post is not None:
+            y_SD = weights.form.post(y_SD)
         return _Combine.apply(y_SD, dispatch.weight_S, dispatch.token_S, *order, x_TD.dtype)

@@ -33,23 +33,45 @@ def is_silu(act: str | Activation) -> bool:
 
 
 @dataclass(frozen=True, slots=True)
-class Weights:
-    """The stacked tensors of a bank of MLP experts, and how they are to be read.
+class Form:
+    """What an expert does around its two products.
 
-    `gate_up` is [E, H, D] and `down` [E, D, I], or [E, D, H] and [E, I, D] when `transposed`. When `gated`, H is 2I
-    and the default gating takes the first I rows as gate and the rest as up; `apply_gate` replaces it (interleaved
-    or clamped gating), `post` maps each pair's output before it is weighted (a norm after the expert).
+    When `gated`, the first product's rows are [gate, up] and the default gating is act(gate) * up; `apply_gate` replaces
+    it (interleaved or clamped gating). `post` maps each pair's output before it is weighted (a norm after the expert).
     """
 
-    gate_up: Tensor
-    down: Tensor
     act: str | Activation = "silu"
     gated: bool = True
     gate_up_bias_EH: Tensor | None = None
     down_bias_ED: Tensor | None = None
-    transposed: bool = False
     apply_gate: Callable[[Tensor], Tensor] | None = None
     post: Callable[[Tensor], Tensor] | None = None
+
+    @property
+    def swiglu(self) -> bool:
+        """Plain SwiGLU with nothing in between: what the fused paths compute."""
+        return self.gated and self.apply_gate is None and self.post is None and is_silu(self.act)
+
+    def activate(self, h_SH: Tensor) -> Tensor:
+        """The inner activations a [S, I] of the first product's rows."""
+        if self.gated and self.apply_gate is not None:
+            return self.apply_gate(h_SH)
+        act = ACTIVATIONS[self.act] if isinstance(self.act, str) else self.act
+        if not self.gated:
+            return act(h_SH)
+        gate_SI, up_SI = h_SH.chunk(2, dim=-1)
+        return act(gate_SI) * up_SI
+
+
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """The stacked tensors of a bank: `gate_up` [E, H, D] and `down` [E, D, I], or, when `transposed`, [E, D, H] and
+    [E, I, D]. H is 2I when gated, else I."""
+
+    gate_up: Tensor
+    down: Tensor
+    form: Form = Form()
+    transposed: bool = False
 
     @property
     def num_experts(self) -> int:
@@ -69,11 +91,6 @@ class Weights:
         return self.down.shape[1 if self.transposed else 2]
 
     @property
-    def swiglu(self) -> bool:
-        """Plain SwiGLU with nothing in between: what the fused paths compute."""
-        return self.gated and self.apply_gate is None and self.post is None and is_silu(self.act)
-
-    @property
     def gate_up_EHD(self) -> Tensor:
         return self.gate_up.transpose(1, 2) if self.transposed else self.gate_up
 
@@ -83,23 +100,13 @@ class Weights:
 
     @property
     def needs_grad(self) -> bool:
-        tensors = (self.gate_up, self.down, self.gate_up_bias_EH, self.down_bias_ED)
+        tensors = (self.gate_up, self.down, self.form.gate_up_bias_EH, self.form.down_bias_ED)
         return any(t is not None and t.requires_grad for t in tensors)
-
-    def activate(self, h_SH: Tensor) -> Tensor:
-        """The inner activations a [S, I] of the first product's rows."""
-        if self.gated and self.apply_gate is not None:
-            return self.apply_gate(h_SH)
-        act = ACTIVATIONS[self.act] if isinstance(self.act, str) else self.act
-        if not self.gated:
-            return act(h_SH)
-        gate_SI, up_SI = h_SH.chunk(2, dim=-1)
-        return act(gate_SI) * up_SI
 
     def check(self, x_TD: Tensor, num_experts: int) -> None:
         """Raise BadInput naming the first tensor whose shape does not fit the others."""
-        if isinstance(self.act, str) and self.act not in ACTIVATIONS:
-            raise BadInput(f"unknown activation {self.act!r}: one of {', '.join(ACTIVATIONS)}, or a callable")
+        if isinstance(self.form.act, str) and self.form.act not in ACTIVATIONS:
+            raise BadInput(f"unknown activation {self.form.act!r}: one of {', '.join(ACTIVATIONS)}, or a callable")
         if self.gate_up.dim() != 3 or self.down.dim() != 3:
             raise BadInput(f"expert weights are 3-D: got gate_up {_shape(self.gate_up)}, down {_shape(self.down)}")
         layout = "[E, D, H]" if self.transposed else "[E, H, D]"
@@ -109,13 +116,13 @@ class Weights:
             )
         if self.num_experts != num_experts or self.down.shape[0] != num_experts:
             raise BadInput(f"dispatch over {num_experts} experts; gate_up holds {self.num_experts}, down {self.down.shape[0]}")
-        if self.gated and self.apply_gate is None and self.inner_rows != 2 * self.inner_width:
+        if self.form.gated and self.form.apply_gate is None and self.inner_rows != 2 * self.inner_width:
             raise BadInput(f"gated experts need H = 2I: gate_up gives H {self.inner_rows}, down gives I {self.inner_width}")
-        if not self.gated and self.inner_rows != self.inner_width:
+        if not self.form.gated and self.inner_rows != self.inner_width:
             raise BadInput(f"experts without a gate need H = I: gate_up gives {self.inner_rows}, down gives {self.inner_width}")
         for name, bias, width in (
-            ("gate_up_bias", self.gate_up_bias_EH, self.inner_rows),
-            ("down_bias", self.down_bias_ED, self.model_width),
+            ("gate_up_bias", self.form.gate_up_bias_EH, self.inner_rows),
+            ("down_bias", self.form.down_bias_ED, self.model_width),
         ):
             if bias is not None and tuple(bias.shape) != (num_experts, width):
                 raise BadInput(f"{name} is {_shape(bias)}, expected [{num_experts}, {width}]")
