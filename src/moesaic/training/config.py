@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import difflib
+import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from moesaic.core.errors import BadInput
 
@@ -35,7 +38,9 @@ class TrainConfig(BaseModel):
     betas: tuple[float, float] = (0.9, 0.95)
     clip: float = Field(1.0, gt=0)
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    balance: dict[str, float] = Field(default_factory=dict, description="balancing method -> coefficient")
+    balance: dict[str, float | dict[str, Any]] = Field(
+        default_factory=dict, description="balancing method -> coefficient, or -> its parameters"
+    )
     experts_implementation: str = "moesaic"
     attention: str = Field("auto", description="a transformers attention implementation; auto: the fastest that fits")
     seed: int = 0
@@ -46,30 +51,80 @@ class TrainConfig(BaseModel):
     threads: int | None = Field(None, gt=0)
     device: str = "cpu"
 
+    @model_validator(mode="after")
+    def _consistent(self) -> TrainConfig:
+        if self.warmup >= self.steps:
+            raise ValueError(f"warmup: {self.warmup} must be less than steps, {self.steps}")
+        return self
+
     @classmethod
-    def read(cls, path: str | Path, **overrides: Any) -> TrainConfig:
-        """Parse a YAML recipe. Raises BadInput that names the file and every wrong field."""
+    def read(cls, path: str | Path, sets: Sequence[str] = (), **overrides: Any) -> TrainConfig:
+        """Parse a YAML recipe; `sets` are key=value changes (`lr=1e-3`, `model.num_experts=8`), values in YAML.
+
+        Raises BadInput that names the file and every wrong field.
+        """
         path = Path(path)
         try:
-            raw = yaml.safe_load(path.read_text())
-        except OSError as error:
-            raise BadInput(f"{path}: cannot read the training config ({error.strerror})") from error
+            raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError) as error:
+            reason = getattr(error, "strerror", None) or "not UTF-8 text"
+            raise BadInput(f"{path}: cannot read the training config ({reason})") from error
         except yaml.YAMLError as error:
-            raise BadInput(f"{path}: not YAML ({error})") from error
+            raise BadInput(f"{path}: not YAML ({' '.join(str(error).split())})") from error
         if not isinstance(raw, dict):
             raise BadInput(f"{path}: a training config is a mapping of fields")
+        for change in sets:
+            _set(raw, change)
         raw.update(overrides)
         try:
             return cls(**raw)
-        except ValidationError as error:
-            problems = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
-            raise BadInput(f"{path}: {problems}") from error
+        except (ValidationError, TypeError) as error:
+            raise BadInput(f"{path}: {_problems(cls, error)}") from error
+
+
+def _set(raw: dict[str, Any], change: str) -> None:
+    key, equals, value = change.partition("=")
+    if not equals or not key.strip():
+        raise BadInput(f"--set {change}: write key=value, such as lr=1e-3 or model.num_experts=8")
+    try:
+        parsed = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise BadInput(f"--set {change}: the value is not YAML") from error
+    *path, last = key.strip().split(".")
+    for name in path:
+        inner = raw.setdefault(name, {})
+        if not isinstance(inner, dict):
+            raise BadInput(f"--set {change}: {name} is not a mapping")
+        raw = inner
+    raw[last] = _number(parsed)
+
+
+def _number(value: Any) -> Any:
+    """YAML 1.1 reads 1e-3 as text; people write it all the same."""
+    if isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+def _problems(cls: type[BaseModel], error: ValidationError | TypeError) -> str:
+    if isinstance(error, TypeError):
+        return f"a field name is not text ({error})"
+    said = []
+    for problem in error.errors():
+        where = ".".join(str(part) for part in problem["loc"] if part not in ("float", "dict[str,any]"))
+        message = problem["msg"].removeprefix("Value error, ")
+        if problem["type"] == "extra_forbidden":
+            close = difflib.get_close_matches(where, cls.model_fields, 1)
+            message = "no such field" + (f"; did you mean {close[0]}?" if close else "")
+        said.append(f"{where}: {message}" if where else message)
+    return "; ".join(dict.fromkeys(said))
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:
     """Rate at `step` (0-based): linear warm-up, then cosine over the rest, or flat with a cosine tail (wsd)."""
-    import math
-
     if step < config.warmup:
         return config.lr * (step + 1) / config.warmup
     start = config.warmup if config.schedule == "cosine" else max(config.warmup, round(config.steps * (1 - config.decay)))

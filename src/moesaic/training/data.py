@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
+import zipfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from moesaic.core.documents import read_documents
+from moesaic.core.documents import data_files, read_documents
 from moesaic.core.errors import BadInput
 
 
@@ -54,6 +58,7 @@ class PackedTokens:
             raise BadInput(f"the data has {len(ids_N)} tokens, fewer than one sequence of {seq_len}: give more text")
         self.ids_N, self.starts, self.seq_len, self.seed = ids_N, starts, seq_len, seed
         self.rows_per_epoch = (len(ids_N) - 1) // seq_len
+        self.fingerprint = ""
         self._epoch, self._order_N, self._row_order = -1, ids_N, np.zeros(0, np.int64)
 
     def rows(self, first: int, count: int) -> Tensor:
@@ -72,16 +77,39 @@ class PackedTokens:
         return self._order_N[at : at + self.seq_len + 1]
 
 
-def tokenize(data: str | Path, tokenizer, cache: Path, seq_len: int, seed: int) -> PackedTokens:
-    """Encode every document (followed by end-of-text) once; `cache` (.npz) is reused by later runs of the folder."""
-    if cache.exists():
+def tokenize(data: str | Path, tokenizer: Any, cache: Path, seq_len: int, seed: int) -> PackedTokens:
+    """Encode every document (followed by end-of-text) once; `cache` (.npz) serves until the data or tokenizer change."""
+    fingerprint = data_fingerprint(data, tokenizer)
+    saved = _read_cache(cache, fingerprint)
+    if saved is None:
+        texts = [doc.text for doc in read_documents(data)]
+        encoded = tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
+        dtype = np.uint16 if len(tokenizer) <= 1 << 16 else np.uint32
+        rows = [np.asarray([*ids, tokenizer.eos_token_id], dtype) for ids in encoded]
+        saved = np.concatenate([np.zeros(0, dtype), *rows]), np.cumsum([0, *map(len, rows)])
+        scratch = cache.with_name(f".{cache.stem}.partial.npz")
+        np.savez(scratch, ids=saved[0], starts=saved[1], fingerprint=np.array(fingerprint))
+        os.replace(scratch, cache)
+    try:
+        packed = PackedTokens(*saved, seq_len, seed)
+    except BadInput as error:
+        raise BadInput(f"{data}: {error}") from error
+    packed.fingerprint = fingerprint
+    return packed
+
+
+def data_fingerprint(data: str | Path, tokenizer: Any) -> str:
+    """Changes with the files' names, sizes and times, and with the tokenizer."""
+    files = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in data_files(data)]
+    vocabulary = tokenizer.backend_tokenizer.to_str() if hasattr(tokenizer, "backend_tokenizer") else str(tokenizer.get_vocab())
+    return hashlib.sha256(repr((files, vocabulary)).encode()).hexdigest()[:32]
+
+
+def _read_cache(cache: Path, fingerprint: str) -> tuple[np.ndarray, np.ndarray] | None:
+    try:
         with np.load(cache) as saved:
-            return PackedTokens(saved["ids"], saved["starts"], seq_len, seed)
-    texts = [doc.text for doc in read_documents(data)]
-    encoded = tokenizer(texts, add_special_tokens=False)["input_ids"]
-    dtype = np.uint16 if len(tokenizer) <= 1 << 16 else np.uint32
-    rows = [np.asarray([*ids, tokenizer.eos_token_id], dtype) for ids in encoded]
-    starts = np.cumsum([0, *map(len, rows)])
-    ids = np.concatenate(rows)
-    np.savez(cache, ids=ids, starts=starts)
-    return PackedTokens(ids, starts, seq_len, seed)
+            if "fingerprint" in saved and str(saved["fingerprint"]) == fingerprint:
+                return saved["ids"], saved["starts"]
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile):
+        pass
+    return None

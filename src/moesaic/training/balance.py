@@ -1,0 +1,110 @@
+"""Balance losses on the routers of any transformers MoE: registered methods, one instance per layer, through the view.
+
+Shape legend: L MoE layers, E experts, T tokens.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moesaic.balancing.balancer import Balancer, Scope
+from moesaic.core.errors import BadInput, MoesaicError, NotMoE
+from moesaic.core.registry import Entry, get
+from moesaic.core.routing import Routing
+
+
+class Balance:
+    """Listens to every router of `model`; after a forward pass, `losses()` are its balance losses and `load()` its load.
+
+    Args:
+        methods: registered name -> coefficient, or -> its parameters as a mapping.
+
+    Raises BadInput naming the method that is unknown, does not fit the model, or was asked of a dense model.
+    """
+
+    def __init__(self, model: nn.Module, methods: dict[str, Any]) -> None:
+        from moesaic.view import view
+
+        try:
+            blocks: Any = view(model)
+        except NotMoE:
+            if methods:
+                raise BadInput(f"balance: {', '.join(methods)} asked for, but {type(model).__name__} has no experts") from None
+            blocks = []
+        self.layers = len(blocks)
+        self.coefficients = {}
+        self._balancers: list[dict[str, Balancer]] = [{} for _ in blocks]
+        for name, value in methods.items():
+            entry = _entry(name)
+            for block, balancers in zip(blocks, self._balancers, strict=True):
+                balancers[name] = _build(entry, name, value, block)
+            self.coefficients[name] = self._balancers[0][name].coefficient
+        self._calls: list[Routing | None] = [None] * self.layers
+        self._handles = [block.on_route(self._keep(i)) for i, block in enumerate(blocks)]
+
+    def _keep(self, index: int) -> Any:
+        def keep(routing: Routing, block: Any) -> None:
+            self._calls[index] = routing
+
+        return keep
+
+    def losses(self, sequences: int, training: bool) -> dict[str, Tensor]:
+        """Each method's loss of the last forward pass, averaged over layers, without its coefficient."""
+        found: dict[str, list[Tensor]] = {}
+        for routing, balancers in zip(self._calls, self._balancers, strict=True):
+            if routing is None:
+                continue
+            ids_T = torch.arange(sequences, device=routing.logits_TE.device).repeat_interleave(routing.tokens // sequences)
+            scope = Scope(sequence_ids=ids_T)
+            for name, balancer in balancers.items():
+                loss = balancer.loss(routing, scope)
+                if loss is not None:
+                    found.setdefault(name, []).append(loss)
+                if training:
+                    balancer.observe(routing, scope)
+        return {name: torch.stack(parts).mean() for name, parts in found.items()}
+
+    def load(self) -> list[Tensor]:
+        """Share of the choices that each expert of each layer got in the last forward pass, [E] per layer."""
+        counts = [routing.counts_E() for routing in self._calls if routing is not None]
+        return [counts_E / counts_E.sum().clamp(min=1) for counts_E in counts]
+
+    def clear(self) -> None:
+        """Let go of the last forward pass, and of its graph."""
+        self._calls = [None] * self.layers
+
+    def after_step(self) -> None:
+        for balancers in self._balancers:
+            for balancer in balancers.values():
+                balancer.after_step()
+
+    def close(self) -> None:
+        """Take the hooks off."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+
+def _entry(name: str) -> Entry:
+    try:
+        return get("balancing", name)
+    except MoesaicError as error:
+        raise BadInput(f"balance.{name}: {error}") from error
+
+
+def _build(entry: Entry, name: str, value: Any, block: Any) -> Balancer:
+    """One instance for one layer. A bare number is the coefficient, or a controller's first parameter (its rate)."""
+    if not isinstance(value, dict):
+        value = {"coefficient" if "coefficient" in entry.parameters else next(iter(entry.parameters)): value}
+    try:
+        return entry.build(**value).bind(block.router)
+    except (MoesaicError, TypeError, ValueError) as error:
+        raise BadInput(f"balance.{name}: {error}") from error
+
+
+def max_violation(load_E: Tensor) -> float:
+    """MaxVio: how far the busiest expert is above the mean load, as a share of the mean (0 = even)."""
+    return load_E.max().item() * load_E.numel() - 1
