@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
+torch.set_num_threads(1)  # tests run one process per core: threads of their own would only wait for each other
+
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 

@@ -69,11 +69,6 @@ class RoutingContext:
             raise MissingNeed(f"{router} needs {name!r}, which this host does not give")
         return value
 
-    def gives(self) -> frozenset[str]:
-        """Names of the needs that this context can meet."""
-        given = {name for name in _FIELDS if name != "previous" and getattr(self, name) is not None}
-        return frozenset(given | ({"previous"} if self.threads_state else set()))
-
     def replace(self, **changes: Any) -> RoutingContext:
         return replace(self, **changes)
 

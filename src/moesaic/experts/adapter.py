@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear, silu
@@ -32,7 +34,7 @@ class Adapter(ExpertBank):
     def forward(self, x_SD: Tensor, offsets_E1: Tensor) -> Tensor:
         bounds = offsets_E1.tolist()
         parts = []
-        for e, (s, t) in enumerate(zip(bounds, bounds[1:], strict=False)):
+        for e, (s, t) in enumerate(itertools.pairwise(bounds)):
             if s < t:
                 h_sI = linear(x_SD[s:t], self.down_EID[e], self.down_bias_EI[e])
                 parts.append(linear(silu(h_sI) if self.act else h_sI, self.up_EDI[e], self.up_bias_ED[e]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
@@ -39,8 +40,8 @@ class Autonomous(ExpertBank):
 
     def activations(self, x_TD: Tensor, memo: dict[str, Any]) -> Tensor:
         """a [T, E, R] of every expert, kept in `memo` for `run`."""
-        experts, low, dim = self.down_ERD.shape
-        memo["activations"] = linear(x_TD, self.down_ERD.view(experts * low, dim)).view(-1, experts, low)
+        experts, low, _ = self.down_ERD.shape
+        memo["activations"] = linear(x_TD, self.down_ERD.flatten(0, 1)).view(-1, experts, low)
         return memo["activations"]
 
     def run(self, x_TD: Tensor, dispatch: Dispatch, memo: dict[str, Any] | None = None) -> Tensor:
@@ -52,14 +53,14 @@ class Autonomous(ExpertBank):
 
     def forward(self, x_SD: Tensor, offsets_E1: Tensor) -> Tensor:
         bounds = offsets_E1.tolist()
-        spans = zip(bounds, bounds[1:], strict=False)
+        spans = itertools.pairwise(bounds)
         a_SR = torch.cat([linear(x_SD[s:t], self.down_ERD[e]) for e, (s, t) in enumerate(spans)])
         return self._finish(a_SR, x_SD, offsets_E1)
 
     def _finish(self, a_SR: Tensor, x_SD: Tensor, offsets_E1: Tensor) -> Tensor:
         bounds = offsets_E1.tolist()
         parts = []
-        for e, (s, t) in enumerate(zip(bounds, bounds[1:], strict=False)):
+        for e, (s, t) in enumerate(itertools.pairwise(bounds)):
             if s < t:
                 inner_sI = silu(linear(a_SR[s:t], self.up_EIR[e])) * linear(x_SD[s:t], self.value_EID[e])
                 parts.append(linear(inner_sI, self.out_EDI[e]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -17,7 +18,7 @@ def arithmetic_widths(experts: int, mean: int) -> list[int]:
     """Widths in arithmetic progression around `mean`, 9 : 11 : ... : 23 for eight experts; their sum is experts * mean."""
     shares = [experts + 1 + 2 * e for e in range(experts)]
     ends = [round(sum(shares[:e]) * experts * mean / sum(shares)) for e in range(experts + 1)]
-    return [max(1, b - a) for a, b in zip(ends, ends[1:], strict=False)]
+    return [max(1, b - a) for a, b in itertools.pairwise(ends)]
 
 
 @register("experts", "unequal", paper="2408.10681", card="layers-and-balancing.md#hmoe")
@@ -43,7 +44,7 @@ class Unequal(ExpertBank):
     def forward(self, x_SD: Tensor, offsets_E1: Tensor) -> Tensor:
         bounds = offsets_E1.tolist()
         parts = []
-        for e, (start, end) in enumerate(zip(bounds, bounds[1:], strict=False)):
+        for e, (start, end) in enumerate(itertools.pairwise(bounds)):
             if start < end:
                 gate_sI, up_sI = linear(x_SD[start:end], self.gate_up[e]).chunk(2, dim=-1)
                 parts.append(linear(silu(gate_sI) * up_sI, self.down[e]))

@@ -40,7 +40,8 @@ class RMoE(Router):
         previous_TR = ctx.need("previous", "rmoe")
         u_TR = self.down(x_TD, ctx)
         with torch.autocast(x_TD.device.type, enabled=False):
-            state_TR = self.gru(u_TR, torch.zeros_like(u_TR) if previous_TR is None else previous_TR)
+            state_TR = torch.zeros_like(u_TR) if previous_TR is None else previous_TR
+            state_TR = torch.gru_cell(u_TR, state_TR, *(p.float() for p in self.gru.parameters()))
         logits_TE = self.up(state_TR, ctx)
         probs_TE = logits_TE.softmax(-1)
         experts_TK = top_k(logits_TE, self.k)

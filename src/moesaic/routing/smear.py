@@ -37,8 +37,10 @@ class Smear(Router):
         group_T = torch.unique(ctx.need("sequence_ids", "smear"), return_inverse=True)[1]
         with torch.autocast(x_TD.device.type, enabled=False):
             mean_GD = _masked_mean(x_TD.float(), group_T, ctx.mask)
-            vectors_ED = layer_norm(self.vector_ED, (self.vector_ED.shape[1],)) * self.vector_gain_D
-            logits_GE = self.input_norm(mean_GD) @ vectors_ED.T + self.offset_E
+            vectors_ED = layer_norm(self.vector_ED.float(), self.vector_gain_D.shape) * self.vector_gain_D.float()
+            gain_D, shift_D = self.input_norm.weight.float(), self.input_norm.bias.float()
+            input_GD = layer_norm(mean_GD, gain_D.shape, gain_D, shift_D)
+            logits_GE = input_GD @ vectors_ED.T + self.offset_E.float()
         probs_GE = logits_GE.softmax(-1)
         if self.dropout and ctx.training:
             keep_GE = torch.rand(probs_GE.shape, generator=ctx.generator, device=probs_GE.device) >= self.dropout
