@@ -14,7 +14,7 @@ from moesaic.cli.loading import Opened
 from moesaic.core.errors import NotMoE
 from moesaic.report.files import write_atomically
 from moesaic.report.run_page import Layer, RunPage
-from moesaic.serving.describe import describe
+from moesaic.serving.describe import allow_packing, describe, packed_bytes
 from moesaic.serving.generate import Generation, Sampling, encode, generate
 from moesaic.serving.stream import token_texts
 from moesaic.serving.usage import LayerUsage, Recorder
@@ -28,6 +28,7 @@ class Session:
 
         self.name, self.model, self.tokenizer = name, opened.model, opened.tokenizer
         self.sampling, self.out, self.stream = sampling, out, stream
+        allow_packing(opened.model)
         self.facts = describe(opened.model, opened.source)
         try:
             self.recorder: Recorder | None = Recorder(view(opened.model))
@@ -50,6 +51,7 @@ class Session:
             with self.recorder.recording():
                 self.turn = self._generate(prompt_ids)
             self.usage = self.recorder.layers()
+        self.facts["packed_bytes"] = packed_bytes()
         self._write("\n")
         if self.turn.stopped in ("context full", "interrupted"):
             total = len(self.turn.prompt_ids) + len(self.turn.new_ids)
@@ -98,8 +100,8 @@ class Session:
             table.add_row("experts", "none: a dense model")
         table.add_row("parameters", f"{facts['parameters'] / 1e6:,.1f} M{active}")
         table.add_row("bytes", f"{size(facts['resident_bytes'])} resident of {size(facts['total_bytes'])}")
-        if facts["kernels"]:
-            table.add_row("kernels", kernels_in_words(facts["kernels"]))
+        for kernel in facts["kernels"]:
+            table.add_row("kernels", f"{kernel['backend']}: {kernel['reason']}")
         table.add_row("exact", "yes: the weights as stored" if facts["exact"] else "no: weights rounded to a narrower dtype")
         self.out.print(table)
 
@@ -143,6 +145,7 @@ class Session:
         assert turn is not None
         layers = [layer.summary() for layer in self.usage]
         facts = {k: v for k, v in self.facts.items() if k != "layers"}
+        facts["resident_bytes"] += facts["packed_bytes"]
         return {
             "model": self.name,
             "layers": self.facts["layers"],
@@ -170,13 +173,13 @@ class Session:
             ("parameters", f"{facts['parameters'] / 1e6:,.1f} M", _active(facts)),
             ("MoE layers", str(facts["layers"]), ""),
             ("experts per layer", str(facts["experts"]), f"top {facts['top_k']}"),
-            ("bytes resident", size(facts["resident_bytes"]), f"of {size(facts['total_bytes'])}, {facts['dtype']}"),
+            ("bytes resident", size(facts["resident_bytes"]), _beside(facts)),
             ("tokens", f"{len(turn.prompt_ids):,} + {len(turn.new_ids):,}", "prompt + new"),
             ("tokens per second", rate, first),
         ]
         if not facts["layers"]:
             cells = [cell for cell in cells if cell[0] not in ("MoE layers", "experts per layer")]
-        kernels = kernels_in_words(facts["kernels"])
+        kernels = "; ".join(f"{k['backend']} ({k['reason']})" for k in facts["kernels"])
         ids = [*turn.prompt_ids, *turn.new_ids]
         page = RunPage(
             title=self.name,
@@ -213,6 +216,11 @@ def _active(facts: dict[str, Any]) -> str:
     return f"{facts['active_parameters'] / 1e6:,.1f} M active" if "active_parameters" in facts else ""
 
 
+def _beside(facts: dict[str, Any]) -> str:
+    packed = f" + {size(facts['packed_bytes'])} packed" if facts["packed_bytes"] else ""
+    return f"of {size(facts['total_bytes'])}{packed}, {facts['dtype']}"
+
+
 def _made(sampling: Sampling, kernels: str, exact: bool) -> str:
     drawn = "the most likely token each time" if sampling.temperature == 0 else f"temperature {sampling.temperature:g}"
     parts = [f"moesaic {__version__}; {drawn}, seed {sampling.seed}"]
@@ -220,14 +228,6 @@ def _made(sampling: Sampling, kernels: str, exact: bool) -> str:
         parts.append(f"kernels: {kernels}")
     parts.append("weights as stored" if exact else "weights rounded to a narrower dtype: not exact")
     return ". ".join(parts) + "."
-
-
-def kernels_in_words(kernels: list[dict[str, str]]) -> str:
-    """One phrase where every size takes the same kernel for the same reason, else one for each."""
-    choices = [f"{k['backend']} ({k['reason']})" for k in kernels]
-    if len(set(choices)) == 1:
-        return choices[0]
-    return "; ".join(f"{k['for']}: {choice}" for k, choice in zip(kernels, choices, strict=True))
 
 
 def size(count: int) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -74,29 +75,54 @@ def _stored_dtypes(folder: Path) -> set[str]:
 
 
 def _kernels(model: Any, block: Any) -> list[dict[str, str]]:
-    """Backend and reason for one token (decoding) and for many (the prompt), as the dispatcher would choose them."""
+    """Backend of the experts and the reason for it, as the dispatcher would choose now."""
     name = getattr(model.config.get_text_config(), "_experts_implementation", None) or "eager"
     if name != "moesaic":
-        return [{"for": "experts", "backend": name, "reason": "transformers' own, as asked with --experts"}]
-    from moesaic.kernels.dispatch import choose
-    from moesaic.kernels.weights import Weights
+        return [{"backend": name, "reason": "transformers' own, as asked with --experts"}]
+    from moesaic.kernels import Form, Weights, choose
+    from moesaic.view.implementation import has_own_gate
 
     experts = block.experts
     up = experts.gate_up_proj if experts.has_gate else experts.up_proj
-    weights = Weights(
-        up,
-        experts.down_proj,
-        getattr(experts, "act_fn", "silu"),
-        experts.has_gate,
-        None,
-        None,
-        experts.is_transposed,
-        None,
-        None,
+    form = Form(
+        act=getattr(experts, "act_fn", "silu"),
+        gated=experts.has_gate,
+        apply_gate=experts._apply_gate if has_own_gate(experts) else None,
+        post=getattr(experts, "post_expert_norm", None),
     )
-    found = []
-    with torch.inference_mode():
-        for label, tokens in (("one token", 1), ("a prompt of 64", 64)):
-            choice = choose(torch.empty(tokens, block.width, dtype=up.dtype, device=up.device), weights)
-            found.append({"for": label, "backend": choice.backend, "reason": choice.reason})
-    return found
+    weights = Weights(up, experts.down_proj, form, experts.is_transposed)
+    choice = choose(torch.empty(1, block.width, dtype=up.dtype, device=up.device), weights, needs_grad=False)
+    return [{"backend": choice.backend, "reason": choice.reason}]
+
+
+def allow_packing(model: Any) -> int:
+    """Grant the CPU kernels a second, faster copy of the experts where at most half the free memory goes to it.
+
+    Returns the bytes granted; 0 where there is no room, no CPU or no experts.
+    """
+    from moesaic.kernels import allow_packing as grant
+    from moesaic.view import view
+
+    try:
+        blocks = view(model)
+    except NotMoE:
+        return 0
+    wanted = sum(block.expert_bytes * block.num_experts for block in blocks)
+    on_cpu = all(p.device.type == "cpu" for p in model.parameters())
+    granted = wanted if on_cpu and wanted <= _free_memory() // 2 else 0
+    grant(granted)
+    return granted
+
+
+def packed_bytes() -> int:
+    """Bytes of the packed copies made so far."""
+    from moesaic.kernels import packing_state
+
+    return packing_state()["held_bytes"]
+
+
+def _free_memory() -> int:
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (ValueError, OSError, AttributeError):
+        return 0

@@ -1,0 +1,63 @@
+"""What is recorded is what the router chose, and the numbers of balance are those of their formulas."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from moesaic.serving.describe import describe
+from moesaic.serving.generate import Sampling, encode, generate
+from moesaic.serving.usage import LayerUsage, Recorder
+from moesaic.view import view
+
+
+@pytest.fixture(scope="module")
+def loaded(tiny_moe):
+    return AutoModelForCausalLM.from_pretrained(tiny_moe).eval(), AutoTokenizer.from_pretrained(tiny_moe)
+
+
+def test_records_every_token_that_was_read(loaded):
+    model, tokenizer = loaded
+    recorder = Recorder(view(model))
+    with recorder.recording():
+        turn = generate(model, tokenizer, encode(tokenizer, "the router"), Sampling(max_new_tokens=9, temperature=0))
+    ids = torch.tensor([[*turn.prompt_ids, *turn.new_ids[:-1]]])
+    with torch.no_grad():
+        logits = model(input_ids=ids, output_router_logits=True).router_logits
+    for usage, logits_TE in zip(recorder.layers(), logits, strict=True):
+        values, experts = logits_TE.softmax(-1).topk(2)
+        assert torch.equal(usage.experts_TK.long().sort(1).values, experts.sort(1).values)
+        mine = usage.weights_TK.sort(1).values
+        torch.testing.assert_close(mine, (values / values.sum(1, keepdim=True)).sort(1).values, rtol=1e-4, atol=1e-5)
+    model(input_ids=ids)
+    assert recorder.layers()[0].experts_TK.shape[0] == ids.shape[1], "nothing is recorded afterwards"
+
+
+def test_summary_by_value():
+    experts_TK = torch.tensor([[0, 1], [0, 2], [0, -1]], dtype=torch.int32)
+    row = LayerUsage(3, "m", 4, experts_TK, torch.ones(3, 2)).summary()
+    assert row["load"] == [3, 1, 1, 0]
+    assert row["experts_used"] == 3
+    assert row["max_over_mean"] == pytest.approx(3 / (5 / 4))
+    entropy = -(0.6 * math.log(0.6) + 2 * 0.2 * math.log(0.2))
+    assert row["entropy"] == pytest.approx(entropy / math.log(4))
+    assert row["effective_experts"] == pytest.approx(math.exp(entropy))
+
+
+def test_describe_counts_active_parameters_and_bytes(loaded):
+    model, _ = loaded
+    facts = describe(model)
+    experts = sum(p.numel() for n, p in model.named_parameters() if ".experts." in n)
+    assert facts["active_parameters"] == facts["parameters"] - experts // 2
+    assert facts["total_bytes"] >= 4 * facts["parameters"]
+    assert facts["resident_bytes"] == facts["total_bytes"]
+    assert facts["kernels"]
+
+
+def test_sampling_arguments_reach_generate(loaded):
+    assert Sampling(temperature=0).arguments()["do_sample"] is False
+    given = Sampling(temperature=0.5, top_k=3, top_p=None, repetition_penalty=1.2).arguments()
+    assert given == {"do_sample": True, "temperature": 0.5, "top_k": 3, "repetition_penalty": 1.2}
