@@ -8,9 +8,10 @@ import torch
 from moesaic.balancing.balancer import Scope
 from moesaic.balancing.device import Device
 from moesaic.balancing.entropy import Entropy
-from moesaic.balancing.importance import Importance, SmoothLoad
+from moesaic.balancing.importance import Importance
 from moesaic.balancing.p_penalty import ParameterPenalty
 from moesaic.balancing.sequence import Sequence
+from moesaic.balancing.smooth_load import SmoothLoad
 from moesaic.balancing.switch import Switch
 from moesaic.balancing.z import Z
 from moesaic.core.context import RoutingContext

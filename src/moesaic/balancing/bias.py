@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -54,7 +54,7 @@ class BiasController(Balancer):
         if self.frozen:
             return
         assert self.router is not None, "bind a router first"
-        bias_E = self.router.bias_E
+        bias_E = cast(Tensor, self.router.bias_E)
         error_E = counts_E.mean() - counts_E
         step_E = error_E.sign() if self.rule == "sign" else error_E / counts_E.mean().clamp(min=1)
         bias_E += self.rate * step_E.to(bias_E.device)

@@ -1,16 +1,16 @@
-"""Shazeer's importance loss and, for noisy gates, the smooth load loss."""
+"""Shazeer's importance loss."""
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from moesaic.balancing.balancer import Balancer, Scope, mean_probability_E, probabilities
+from moesaic.balancing.balancer import Balancer, Scope, mean_probability_E
 from moesaic.core.registry import register
 from moesaic.core.routing import Routing
 
 
-def _squared_variation(values_E: Tensor) -> Tensor:
+def squared_variation(values_E: Tensor) -> Tensor:
+    """CV^2: variance over squared mean."""
     return values_E.var(unbiased=False) / values_E.mean().square().clamp(min=1e-10)
 
 
@@ -22,25 +22,4 @@ class Importance(Balancer):
         self.coefficient = coefficient
 
     def loss(self, routing: Routing, scope: Scope) -> Tensor:
-        return _squared_variation(mean_probability_E(routing, scope))
-
-
-@register("balancing", "smooth_load", paper="1701.06538", card="routing.md#topk")
-class SmoothLoad(Balancer):
-    """CV^2(mean_t Phi((l - kth) / noise_std)): the chance that fresh noise keeps an expert among the k best.
-
-    Needs the noise scale that a noisy router leaves in `routing.aux["noise_scale"]`; 0 without it (evaluation).
-    """
-
-    def __init__(self, coefficient: float = 0.01):
-        self.coefficient = coefficient
-
-    def loss(self, routing: Routing, scope: Scope) -> Tensor:
-        scale = routing.aux.get("noise_scale")
-        if scale is None or routing.experts_TK is None:
-            return probabilities(routing).sum() * 0.0
-        logits_TE = routing.logits_TE
-        kth_T1 = logits_TE.topk(routing.experts_TK.shape[1], dim=-1).values[:, -1:]
-        chance_TE = torch.special.ndtr((logits_TE - kth_T1) / scale.clamp(min=1e-6))
-        rows = chance_TE if scope.mask_T is None else chance_TE[scope.mask_T]
-        return _squared_variation(rows.mean(0))
+        return squared_variation(mean_probability_E(routing, scope))

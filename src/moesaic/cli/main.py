@@ -22,7 +22,8 @@ def usage() -> str:
     return (
         "moesaic: make a Mixture-of-Experts fit: your machine, your data, your task.\n\n"
         f"usage: moesaic COMMAND [...]\n\n{lines}\n\n"
-        "`moesaic COMMAND --help` explains a command. Every command takes --json; exit codes: 0 done, 1 a check failed, 2 bad input."
+        "`moesaic COMMAND --help` explains a command. Every command takes --json.\n"
+        "Exit codes: 0 done, 1 a check failed, 2 bad input."
     )
 
 

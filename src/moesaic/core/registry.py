@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import pkgutil
+import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -42,8 +43,8 @@ class Entry:
 
     @property
     def summary(self) -> str:
-        """First sentence of the docstring."""
-        return (inspect.getdoc(self.build) or "").split("\n")[0]
+        """First line of the method's file: what it is, in words."""
+        return (sys.modules[self.build.__module__].__doc__ or "").strip().split("\n")[0]
 
     @property
     def parameters(self) -> dict[str, inspect.Parameter]:

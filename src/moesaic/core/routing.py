@@ -67,6 +67,7 @@ class Routing:
             expert_S, keep_S = self.pairs.expert_S, None if mask_T is None else mask_T[self.pairs.token_S]
         else:
             chosen_TK = self.experts_TK if self.selected_TK is None else self.selected_TK
+            assert chosen_TK is not None, "a routing fills experts_TK, pairs or merge_GE"
             expert_S = chosen_TK.reshape(-1)
             keep_S = expert_S >= 0
             if mask_T is not None:
@@ -100,6 +101,8 @@ class Dispatch:
         if routing.pairs is not None:
             token_S, expert_S, weight_S = routing.pairs
         else:
+            assert routing.experts_TK is not None, "a routing fills experts_TK, pairs or merge_GE"
+            assert routing.weights_TK is not None
             expert_S, weight_S = routing.experts_TK.reshape(-1), routing.weights_TK.reshape(-1)
             token_S = torch.arange(expert_S.numel(), device=expert_S.device) // routing.experts_TK.shape[1]
         rows = routing.num_experts if num_stored is None else num_stored

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -71,8 +72,7 @@ class MoE(nn.Module):
         ctx = RoutingContext(mode="train" if self.training else "eval") if ctx is None else ctx
         x_TD = x.reshape(-1, x.shape[-1])
         if hasattr(self.bank, "activations"):
-            bank, memo = self.bank, ctx.memo
-            ctx = ctx.replace(activations=lambda tokens: bank.activations(tokens, memo))
+            ctx = ctx.replace(activations=partial(self.bank.activations, memo=ctx.memo))
         routing = self.router(x_TD, ctx)
         if ctx.training and self.balancers:
             routing = self._balance(routing, ctx)

@@ -166,7 +166,9 @@ class ReferenceLM(nn.Module):
         mask_in = None if mask_BN is None else (mask_BN[:, :-1] if self.causal else mask_BN)
         x_BND, routings = self.hidden(inputs, mask_in)
         logits = x_BND @ self.embed.weight[: self.mask_id].T
-        counted = scored if mask_BN is None else (mask_BN[:, 1:] if self.causal else scored & mask_BN)
+        counted = scored
+        if mask_BN is not None:
+            counted = mask_BN[:, 1:] if scored is None else scored & mask_BN
         nats = cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="none")
         loss = nats.mean() if counted is None else (nats * counted.flatten()).sum() / counted.sum().clamp(min=1)
         for routing in routings:
