@@ -27,6 +27,7 @@ class Autonomous(ExpertBank):
     `width`. `activations` computes every expert's a at once; the winners' rows are reused when the bank runs.
     """
 
+    shows_activations = True
     stacked = ("down_ERD", "up_EIR", "value_EID", "out_EDI")
 
     def __init__(self, dim: int, experts: int, width: int | None = None, low: int | None = None):

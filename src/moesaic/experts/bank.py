@@ -17,11 +17,13 @@ class ExpertBank(nn.Module):
     """E experts over width D.
 
     A subclass gives `forward(x_SD, offsets_E1) -> y_SD` on rows sorted by expert. It may override `run` with a fused
-    path (`GatedMLP` does), and `activations` when experts show a cheap view of a token before they are chosen.
+    path (`GatedMLP` does), and `activations` (with `shows_activations = True`) when its experts show a cheap view of
+    a token before they are chosen.
     `stacked` names the parameters whose first axis is the expert: they serve `bank[e]`, `bank[e] = ...` and `merge`.
     """
 
     stacked: tuple[str, ...] = ()
+    shows_activations = False
 
     def __init__(self, dim: int, experts: int):
         super().__init__()
@@ -48,6 +50,10 @@ class ExpertBank(nn.Module):
     def run(self, x_TD: Tensor, dispatch: Dispatch, memo: dict[str, Any] | None = None) -> Tensor:
         """Gather, run, weigh, scatter: y [T, D]. `memo` is the call's scratch (RoutingContext.memo)."""
         return dispatch.combine(self(x_TD[dispatch.token_S], dispatch.offsets_E1))
+
+    def activations(self, x_TD: Tensor, memo: dict[str, Any]) -> Tensor:
+        """The experts' own view of every token, [T, E, ...], kept in `memo` so that `run` can reuse it."""
+        raise NotImplementedError(f"{type(self).__name__} shows no activations")
 
     def merge(self, weights_GE: Tensor) -> ExpertBank:
         """A bank of G experts whose every parameter tensor is the weighted mean of this bank's. Differentiable."""

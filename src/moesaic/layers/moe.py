@@ -61,7 +61,7 @@ class MoE(nn.Module):
         needs = self.router.needs - {"activations"}
         if host is not None and needs - set(host):
             raise MissingNeed(f"{name} needs {', '.join(sorted(needs - set(host)))}, which this host does not give")
-        if "activations" in self.router.needs and not hasattr(self.bank, "activations"):
+        if "activations" in self.router.needs and not self.bank.shows_activations:
             raise MissingNeed(f"{name} needs 'activations': a bank that shows them, such as 'autonomous'")
         runs = getattr(self.router, "true_experts", self.router.num_experts)
         rows = self.bank.num_experts if self.bank.row_to_expert is None else len(self.bank.row_to_expert)
@@ -71,7 +71,7 @@ class MoE(nn.Module):
     def forward(self, x: Tensor, ctx: RoutingContext | None = None) -> tuple[Tensor, Routing]:
         ctx = RoutingContext(mode="train" if self.training else "eval") if ctx is None else ctx
         x_TD = x.reshape(-1, x.shape[-1])
-        if hasattr(self.bank, "activations"):
+        if self.bank.shows_activations:
             ctx = ctx.replace(activations=partial(self.bank.activations, memo=ctx.memo))
         routing = self.router(x_TD, ctx)
         if ctx.training and self.balancers:
