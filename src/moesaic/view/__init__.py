@@ -13,10 +13,10 @@ from torch import nn
 from moesaic.view import implementation
 from moesaic.view.bank import ExpertWeights, ViewBank
 from moesaic.view.block import Block, Kind, View
-from moesaic.view.load import Loaded, load, resolve_model
+from moesaic.view.load import Loaded, load, quiet, resolve_model
 from moesaic.view.policy import Policy
 
-__all__ = ["Block", "ExpertWeights", "Kind", "Loaded", "Policy", "View", "ViewBank", "load", "resolve_model", "view"]
+__all__ = ["Block", "ExpertWeights", "Kind", "Loaded", "Policy", "View", "ViewBank", "load", "quiet", "resolve_model", "view"]
 
 implementation.register()
 

@@ -32,7 +32,7 @@ class Kind:
 
     def __str__(self) -> str:
         flags = [name for name in ("biased", "transposed", "interleaved", "own_gate", "post_norm") if getattr(self, name)]
-        return " ".join(["gated" if self.gated else "plain", self.act, *flags])
+        return " ".join(filter(None, ["gated" if self.gated else "plain", self.act, *flags]))
 
 
 class Block:
@@ -95,7 +95,7 @@ class Block:
     def kind(self) -> Kind:
         experts = self.experts
         act = getattr(experts, "act_fn", None)
-        name = getattr(act, "__name__", None) or type(act).__name__ if act is not None else "own"
+        name = "" if act is None else getattr(act, "__name__", type(act).__name__).removesuffix("Activation").lower()
         return Kind(
             self.bank.gated,
             self.bank.biased,

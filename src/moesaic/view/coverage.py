@@ -5,10 +5,9 @@ Each check is a function of a `Case` that returns a fact to report and raises `F
 
 from __future__ import annotations
 
-import logging
+import inspect
 import tempfile
 import time
-import warnings
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
@@ -17,11 +16,13 @@ from multiprocessing import get_context
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor
 
 from moesaic.core.routing import Routing
 from moesaic.view import implementation, tap, tiny
 from moesaic.view.block import Block, View
+from moesaic.view.load import quiet
 from moesaic.view.policy import Policy
 
 TOLERANCE = 1e-5
@@ -55,10 +56,17 @@ def first_floats(output: Any) -> Tensor:
 
 def check(name: str) -> dict[str, Any]:
     """The report of one architecture: {ok, reason, blocks, models, checks, seconds}."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # tiny matrices: a thread pool would cost more than it gives, and processes fight over cores
+    try:
+        with quiet():
+            return _check(name)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _check(name: str) -> dict[str, Any]:
     start = time.perf_counter()
-    torch.set_num_threads(1)
-    logging.getLogger("transformers").setLevel(logging.ERROR)
-    warnings.simplefilter("ignore")
     report: dict[str, Any] = {"ok": False, "reason": "", "blocks": 0, "models": [], "checks": {}}
     step = "building"
     try:
@@ -225,14 +233,19 @@ PROMISES: dict[str, Callable[[Case], Any]] = {
 }
 
 
-def run(only: str | None = None, jobs: int = 2) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(name, report) of every architecture whose name matches the pattern, in the order in which they finish."""
-    names = [a.name for a in tiny.architectures() if only is None or any(fnmatch(a.name, p) for p in only.split(","))]
+def names(only: str | None = None) -> list[str]:
+    """Architectures whose name matches one of the comma-separated patterns; all of them for None."""
+    patterns = None if only is None else [pattern.strip() for pattern in only.split(",")]
+    return [a.name for a in tiny.architectures() if patterns is None or any(fnmatch(a.name, p) for p in patterns)]
+
+
+def run(wanted: list[str], jobs: int = 2) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(name, report) of each architecture, in order."""
     if jobs <= 1:
-        yield from ((name, check(name)) for name in names)
+        yield from ((name, check(name)) for name in wanted)
         return
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
-        yield from zip(names, pool.map(check, names), strict=True)
+        yield from zip(wanted, pool.map(check, wanted), strict=True)
 
 
 def summarise(reports: Iterable[tuple[str, dict[str, Any]]]) -> dict[str, Any]:
@@ -241,8 +254,41 @@ def summarise(reports: Iterable[tuple[str, dict[str, Any]]]) -> dict[str, Any]:
     return {
         "total": len(architectures),
         "supported": sum(report["ok"] for report in architectures.values()),
+        "transformers": transformers.__version__,
+        "torch": torch.__version__,
+        "tolerance": TOLERANCE,
         "architectures": architectures,
     }
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """The result as a page."""
+    lines = [
+        "# Architectures that the view covers",
+        "",
+        f"**{result['supported']} of {result['total']}** modelling files of transformers {result['transformers']} that keep "
+        f"their experts behind its experts decorator, each as a tiny random model in float32 (torch {result['torch']}). "
+        "Made by `moesaic view --coverage --markdown docs/coverage.md`; do not edit.",
+        "",
+        "What each column promises:",
+        "",
+        *[f"- **{step}**: {(promise.__doc__ or '').splitlines()[0]}" for step, promise in PROMISES.items()],
+        "",
+        f"| architecture | models | blocks | {' | '.join(PROMISES)} |",
+        f"|---|---|---|{'---|' * len(PROMISES)}",
+    ]
+    for name, report in result["architectures"].items():
+        cells = [_cell(report["checks"].get(step)) for step in PROMISES]
+        lines.append(f"| {name} | {', '.join(report['models'])} | {report['blocks']} | {' | '.join(cells)} |")
+    failures = [f"- **{name}**: {report['reason']}" for name, report in result["architectures"].items() if not report["ok"]]
+    lines += ["", "## Exceptions", "", *(failures or ["None."]), ""]
+    return "\n".join(lines)
+
+
+def _cell(fact: Any) -> str:
+    if isinstance(fact, float):
+        return f"{fact:.0e}"
+    return "yes" if fact is True else "**no**" if fact is False else "not reached"
 
 
 def relative_error(given: Tensor, expected: Tensor) -> float:
@@ -254,8 +300,6 @@ def _observe(case: Case, block: Block) -> tuple[Routing, Tensor, dict[str, Any]]
     seen: dict[str, Any] = {}
 
     def at_parent(module: Any, args: tuple, kwargs: dict) -> None:
-        import inspect
-
         bound = inspect.signature(type(module).forward).bind(module, *args, **kwargs).arguments
         values = list(bound.items())[1:]
         seen["x"], seen["context"] = values[0][1], {k: v for k, v in values[1:] if isinstance(v, Tensor)}

@@ -14,7 +14,7 @@ import re
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import transformers
@@ -136,8 +136,8 @@ def model_classes(architecture: Architecture) -> list[type[PreTrainedModel]]:
             continue
         try:
             with torch.device("meta"):
-                skeletons[value] = value(tiny_config(value.config_class))  # type: ignore[arg-type]
-        except Exception:  # noqa: S112  a part that cannot stand alone; what only it holds is reported as not covered
+                skeletons[value] = value(tiny_config(value.config_class))
+        except Exception:  # a part that cannot stand alone; what only it holds is reported as not covered
             continue
     kinds = {value: _block_kinds(model) for value, model in skeletons.items()}
     order = ("ForCausalLM", "ForConditionalGeneration", "ForBlockDiffusion", "ForTokenClassification", "Model")
@@ -157,17 +157,17 @@ def _block_kinds(model: PreTrainedModel) -> set[tuple[str, str]]:
 
 def tiny_config(config_class: type[PreTrainedConfig]) -> PreTrainedConfig:
     """A configuration of this class small enough to build in milliseconds."""
-    fields = {field.name: field for field in dataclasses.fields(config_class)}  # type: ignore[arg-type]
+    fields = {field.name: field for field in dataclasses.fields(config_class)}
     values: dict[str, Any] = {}
     tokens = 0
     for name, field in fields.items():
         default = field.default
         if name in config_class.sub_configs:
-            sub_class = config_class.sub_configs[name]
+            sub_class: Any = config_class.sub_configs[name]
             if not dataclasses.is_dataclass(sub_class):  # AutoConfig: the class that it stands for by default
                 sub_class = type(getattr(config_class(), name))
-            if dataclasses.is_dataclass(sub_class):
-                values[name] = tiny_config(sub_class)
+            if isinstance(sub_class, type) and dataclasses.is_dataclass(sub_class):
+                values[name] = tiny_config(cast("type[PreTrainedConfig]", sub_class))
         elif default is None and re.search(UNSET, name) and "int" in str(field.type) and "list" not in str(field.type):
             values[name] = _shrink(name, 1 << 30)
         elif isinstance(default, tuple) and all(isinstance(n, int) for n in default):
@@ -184,10 +184,11 @@ def tiny_config(config_class: type[PreTrainedConfig]) -> PreTrainedConfig:
     if "initializer_range" in fields:
         values["initializer_range"] = 0.2  # with the usual 0.02, a tiny expert's output would drown in rounding
     values.update(OVERRIDES.get(config_class.model_type, {}))
-    config = config_class(**values)
+    make: Any = config_class
+    config = make(**values)
     types = _layer_types(config_class)
     if "layer_types" not in values and set(types) - set(getattr(config, "layer_types", None) or types):
-        config = config_class(**values, layer_types=types)
+        config = make(**values, layer_types=types)
     return config
 
 
@@ -214,12 +215,18 @@ def build(model_class: type[PreTrainedModel], seed: int = 0) -> PreTrainedModel:
     torch.manual_seed(seed)
     model = model_class(tiny_config(model_class.config_class)).eval()  # type: ignore[arg-type]
     for found in discover.find(model):
-        _randomise(found.parent, found.experts.down_proj.shape[0])
+        _randomise(found.parent, found.experts)
+        # Some classes leave these uninitialised or zero.
+        matrices = [*found.experts.parameters(), *(found.router.parameters() if found.router is not None else [])]
+        for matrix in matrices:
+            if matrix.dim() >= 2:
+                matrix.data.normal_(0, 0.2)
     return model
 
 
-def _randomise(parent: Any, num_experts: int) -> None:
+def _randomise(parent: Any, experts: Any) -> None:
     """A new model has zeros where training leaves biases and tables: give selection something to differ by."""
+    num_experts = experts.down_proj.shape[0]
     for name, buffer in [*parent.named_buffers(), *parent.named_parameters()]:
         if "bias" in name and buffer.shape == (num_experts,) and buffer.is_floating_point():
             buffer.data.uniform_(-0.1, 0.1)
