@@ -76,6 +76,17 @@ class Routing:
             expert_S = expert_S[keep_S]
         return torch.bincount(expert_S, minlength=self.num_experts).float()
 
+    def drop(self, dropped_TK: Tensor) -> Routing:
+        """This routing without the marked slots, which stay in `selected_TK`: they were chosen, and count as load."""
+        assert self.experts_TK is not None, "only a token-major routing drops slots"
+        assert self.weights_TK is not None
+        return self.replace(
+            experts_TK=self.experts_TK.masked_fill(dropped_TK, -1),
+            weights_TK=self.weights_TK.masked_fill(dropped_TK, 0.0),
+            selected_TK=self.experts_TK if self.selected_TK is None else self.selected_TK,
+            dropped_TK=dropped_TK if self.dropped_TK is None else self.dropped_TK | dropped_TK,
+        )
+
     def replace(self, **changes: Any) -> Routing:
         return replace(self, **changes)
 

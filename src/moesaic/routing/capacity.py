@@ -40,12 +40,7 @@ def apply_capacity(routing: Routing, capacity_E: Tensor | int, policy: Policy = 
     limit = torch.as_tensor(capacity_E, device=ids_KT.device).expand(routing.num_experts)
     over_S = (queued_S >= 0) & (place_S >= limit[queued_S.clamp(min=0)])
     dropped_TK = torch.zeros_like(over_S).scatter_(0, queue_S, over_S).view(k, tokens).T
-    return routing.replace(
-        experts_TK=experts_TK.masked_fill(dropped_TK, -1),
-        weights_TK=weights_TK.masked_fill(dropped_TK, 0.0),
-        selected_TK=experts_TK if routing.selected_TK is None else routing.selected_TK,
-        dropped_TK=dropped_TK if routing.dropped_TK is None else routing.dropped_TK | dropped_TK,
-    )
+    return routing.drop(dropped_TK)
 
 
 def _place_in_queue(expert_S: Tensor, experts: int) -> Tensor:

@@ -85,8 +85,12 @@ class TopK(Router):
         routing = super().forward(x_TD, ctx)
         if isinstance(self.score, NoisyScore) and ctx.training:
             routing = routing.replace(aux={**routing.aux, "noise_scale": torch.as_tensor(self.score.scale(x_TD))})
+        return self.limit(routing, ctx)
+
+    def limit(self, routing: Routing, ctx: RoutingContext) -> Routing:
+        """Drop what overflows the capacity of this mode."""
         factor = self.capacity_factor if ctx.training else self.eval_capacity_factor
         if factor is None:
             return routing
-        tokens = x_TD.shape[0] if ctx.mask is None else int(ctx.mask.sum())
+        tokens = routing.tokens if ctx.mask is None else int(ctx.mask.sum())
         return apply_capacity(routing, capacity(tokens, self.k, self.num_experts, factor), self.overflow)

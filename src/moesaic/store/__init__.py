@@ -1,1 +1,0 @@
-"""Where expert bytes live: read expert e of layer l without loading the rest; atomic writing."""
