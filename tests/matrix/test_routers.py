@@ -81,7 +81,7 @@ def test_the_class_says_what_the_registry_says(name):
 def test_output_and_all_gradients_equal_the_naive_layer(name, tokens, experts):
     moe = layer(name, experts).train()
     x = torch.randn(tokens, DIM, requires_grad=True)
-    y, _routing = moe(x, context(tokens, mode="train"))
+    y, routing = moe(x, context(tokens, mode="train"))
     seed = torch.randn_like(y)
     wanted = [x, *(p for p in moe.parameters())]
     got = torch.autograd.grad(y, wanted, seed, allow_unused=True, retain_graph=True)
