@@ -154,8 +154,12 @@ def _layers(
             layers["moesaic torch"] = plain, ours("torch")
     if cpu and not options.train:
         for name in ("int8", "int4"):
-            if name in formats:
+            if name not in formats:
+                continue
+            try:
                 layers[f"moesaic cpu {name}"] = name, stored(quantize_bank(gate_up, down, int(name[3:])))
+            except BadInput as error:
+                notes.append(f"{name} skipped: {error}")
     for name, layer in peers.find(gate_up, down, options.slots, max(options.tokens), options.train, notes).items():
         if name == "transformers grouped_mm" or plain in formats:
             layers[name] = plain, layer

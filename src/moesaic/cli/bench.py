@@ -153,8 +153,8 @@ def _show_layer(result: dict[str, Any], against: str | None) -> None:
     console.print(f"{where}; torch {header['torch']}, transformers {header['transformers']}; load {header['load_before']}")
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     table.add_column("case, implementation", no_wrap=True)
-    for name in ("ms", "min", "spread", "floor", "x floor", "x grouped", "error", *([f"ms at {against}"] if against else [])):
-        table.add_column(name, justify="right")
+    for name in ("ms", "min", "floor", "/floor", "vs gmm", "error", *(["before"] if against else [])):
+        table.add_column(name, justify="right", no_wrap=True)
     memory = any("peak_activation_bytes" in row for row in result["rows"])
     if memory:
         table.add_column("memory", justify="right")
@@ -172,7 +172,6 @@ def _show_layer(result: dict[str, Any], against: str | None) -> None:
             f"  [bold cyan]{name}[/bold cyan]" if name.startswith("moesaic") else f"  {name}",
             f"{row['seconds'] * 1e3:.2f}",
             f"{row['seconds_min'] * 1e3:.2f}",
-            f"{row['spread']:.0%}",
             f"{row['floor_seconds'] * 1e3:.2f}",
             f"{row['seconds'] / row['floor_seconds']:.1f}",
             "" if ratio is None else f"{ratio:.2f}",
@@ -184,9 +183,9 @@ def _show_layer(result: dict[str, Any], against: str | None) -> None:
             cells.append(f"{row.get('peak_activation_bytes', 0) / 2**20:,.0f} MiB")
         table.add_row(*cells)
     console.print(table)
-    console.print(
-        "ms: median of interleaved rounds; x floor: time over the least this machine allows; x grouped: times as fast"
-    )
-    console.print("as transformers' grouped_mm in the same rounds; error: against fp32 of the same weights.")
+    console.print("ms: median of interleaved rounds. /floor: over the least time this machine allows.")
+    console.print("vs gmm: times as fast as transformers' grouped_mm in the same rounds. error: against fp32.")
+    if against:
+        console.print(f"before: ms at {against}")
     for note in result["notes"]:
         console.print(f"note: {note}")
