@@ -156,10 +156,14 @@ class ViewBank:
         return sum(p.numel() * p.element_size() for p in self._stacked()) // len(self)
 
     @property
-    def cost_E(self) -> dict[str, Tensor]:
-        """Per expert: `flops` of one token and `bytes` read, int64 [E]."""
-        matrix = sum(p.numel() for p in self._stacked() if p.dim() == 3) // len(self)
-        return {"flops": torch.full((len(self),), 2 * matrix), "bytes": torch.full((len(self),), self.expert_bytes)}
+    def cost_E(self) -> Tensor:
+        """FLOPs per token of each expert, float32 [E]."""
+        return torch.full((len(self),), 2.0 * (sum(p.numel() for p in self._stacked()) // len(self)))
+
+    @property
+    def bytes_E(self) -> Tensor:
+        """Bytes of each expert's own weights, float64 [E]."""
+        return torch.full((len(self),), float(self.expert_bytes), dtype=torch.float64)
 
     def _stacked(self) -> list[Tensor]:
         return [p for p in self.experts.parameters(recurse=False) if p.dim() >= 2 and p.shape[0] == len(self)]

@@ -210,15 +210,17 @@ def saved(case: Case) -> bool:
     used = _used(case, block)
     kept = block.bank[used]
     block.bank[used] = kept.map(lambda tensor: tensor.flip(0))
-    expected = case.run()
-    with tempfile.TemporaryDirectory(prefix="moesaic-") as folder:
-        case.model.save_pretrained(folder)
-        again = type(case.model).from_pretrained(folder, experts_implementation="eager").eval()
-        for parameter in again.parameters():
-            # Loaded tensors lie where the file put them; BLAS rounds differently at other alignments.
-            parameter.data = parameter.data.clone()
-        _same(case.run(again), expected, "the reloaded model gives another output")
-    block.bank[used] = kept
+    try:
+        expected = case.run()
+        with tempfile.TemporaryDirectory(prefix="moesaic-") as folder:
+            case.model.save_pretrained(folder)
+            again = type(case.model).from_pretrained(folder, experts_implementation="eager").eval()
+            for parameter in again.parameters():
+                # Loaded tensors lie where the file put them; BLAS rounds differently at other alignments.
+                parameter.data = parameter.data.clone()
+            _same(case.run(again), expected, "the reloaded model gives another output")
+    finally:
+        block.bank[used] = kept
     return True
 
 

@@ -2,7 +2,7 @@
 
 An experts module holds stacked weights (`down_proj`, [E, ., .]) and the layout flags that transformers' experts
 decorator sets on it. Its parent is the block. The router is the sibling that the model records router logits from, or,
-where the model records none, the sibling that has a row per expert and no rows of the model's width.
+where the model records none, the smallest sibling that has a row per expert.
 """
 
 from __future__ import annotations
@@ -69,8 +69,8 @@ def _router(parent: nn.Module, experts: Any, recorded: tuple[type, ...]) -> nn.M
         if isinstance(child, recorded):
             return child
     num_experts = experts.down_proj.shape[0]
-    scoring = [child for child in siblings if any(p.dim() == 2 and p.shape[0] == num_experts for p in child.parameters())]
-    # A dense sibling whose width happens to equal E would qualify too; the router is the smallest that scores experts.
+    scoring = [child for child in siblings if any(p.dim() == 2 and p.shape[0] >= num_experts for p in child.parameters())]
+    # Dense siblings have as many rows too, and more matrices; some routers also score shared experts, so rows may exceed E.
     return min(scoring, key=lambda child: sum(p.numel() for p in child.parameters()), default=None)
 
 

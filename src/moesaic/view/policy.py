@@ -7,8 +7,11 @@ gathering, renormalising and scaling afterwards are the architecture's own code.
   ones and correction biases included): k, mask, bias and force are exact;
 - it looks its experts up in a table and gathers their scores (hash routing): force is exact; k and mask keep the
   table's choices first and fill up by score; bias only orders what is filled up;
-- it selects by other means (sparse mixer): mask and force are exact through its logits; a smaller k keeps the first k
-  slots; a larger k is refused.
+- it selects by other means (sparse mixer): mask, bias and force rule the other experts out through its logits, so the
+  weights are those of a router that has only the experts left; a smaller k keeps the first k slots; a larger k is refused.
+
+In group-limited routers a mask also holds where groups are scored: a masked expert adds nothing to its group, and a group
+with none left comes last. Experts outside the chosen groups are taken only where the mask leaves too few inside.
 
 Bias is in the units that the selection sees: the router's scores (probabilities, sigmoids or logits), as in
 bias-balanced training.
