@@ -61,3 +61,34 @@ def test_sampling_arguments_reach_generate(loaded):
     assert Sampling(temperature=0).arguments()["do_sample"] is False
     given = Sampling(temperature=0.5, top_k=3, top_p=None, repetition_penalty=1.2).arguments()
     assert given == {"do_sample": True, "temperature": 0.5, "top_k": 3, "repetition_penalty": 1.2}
+
+
+def test_generation_fills_the_context_and_no_more(loaded, monkeypatch):
+    model, tokenizer = loaded
+    monkeypatch.setattr(model.generation_config, "eos_token_id", 100_000)
+    prompt = encode(tokenizer, "the router")
+    pieces = []
+    turn = generate(model, tokenizer, prompt, Sampling(max_new_tokens=500), pieces.append)
+    assert turn.stopped == "context full"
+    assert len(turn.prompt_ids) + len(turn.new_ids) == 64 == len(turn.times) + len(prompt)
+    assert "".join(pieces) == turn.text
+    assert turn.times == sorted(turn.times)
+    exact = generate(model, tokenizer, prompt, Sampling(max_new_tokens=64 - len(prompt)))
+    assert exact.stopped == "max new tokens"
+    model.generation_config.eos_token_id = turn.new_ids[5]
+    ended = generate(model, tokenizer, prompt, Sampling(max_new_tokens=500))
+    assert ended.stopped == "end of text"
+    assert ended.new_ids == turn.new_ids[: turn.new_ids.index(turn.new_ids[5]) + 1]
+
+
+def test_ctrl_c_keeps_what_was_written(loaded, monkeypatch):
+    model, tokenizer = loaded
+    monkeypatch.setattr(model.generation_config, "eos_token_id", 100_000)
+
+    def stop(text):
+        raise KeyboardInterrupt
+
+    prompt = encode(tokenizer, "the router")
+    turn = generate(model, tokenizer, prompt, Sampling(), stop)
+    assert turn.stopped == "interrupted"
+    assert turn.new_ids
