@@ -187,7 +187,7 @@ def _case(name, size: Sizes, kind: str, shares_E, gate_up, down, layers, options
 
         return once
 
-    field = {n: (form, layer) for n, (form, layer) in layers.items() if peers.runs(n, size.T)}
+    field = {n: (form, layer) for n, (form, layer) in layers.items() if peers.runs(n, size.T, options.train)}
     with torch.no_grad():
         x_TD, experts_TK, weights_TK = inputs[0]
         exact_TD = expert_mlp(

@@ -25,14 +25,16 @@ def interleave(
     contestants: dict[str, Contestant], rounds: int, budget_seconds: float, device: torch.device | str = "cpu"
 ) -> dict[str, list[float]]:
     """Seconds of each contestant in each round. All run once per round, in turn, so that a busy machine is busy for
-    everybody; at least three rounds, then until `rounds` or the budget is reached."""
+    everybody, and each round begins with another one, so that nobody always inherits the same neighbour's cache. At
+    least three rounds, then until `rounds` or the budget is reached."""
     cuda = torch.device(device).type == "cuda"
     for run in contestants.values():  # warm up: caches, compilation, packing
         run(0)
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
     began = time.perf_counter()
+    order = list(contestants.items())
     for i in range(rounds):
-        for name, run in contestants.items():
+        for name, run in order[i % len(order) :] + order[: i % len(order)]:
             if cuda:
                 start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
                 torch.cuda.synchronize()

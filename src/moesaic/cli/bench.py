@@ -161,7 +161,7 @@ def _show_layer(result: dict[str, Any], against: str | None) -> None:
     last = None
     for row in result["rows"]:
         case = " ".join(str(word) for word in (row["shape"], f"T {row['T']}", row["routing"]) if word)
-        case += ", forward and backward" if row["train"] else ""
+        case += ", train" if row["train"] else ""
         if case != last:
             table.add_section()
             table.add_row(f"[bold]{case}[/bold]")
