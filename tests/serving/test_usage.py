@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from moesaic.serving.describe import describe
+from moesaic.serving.describe import choose_threads, describe
 from moesaic.serving.generate import Sampling, encode, generate
 from moesaic.serving.usage import LayerUsage, Recorder
 from moesaic.view import view
@@ -92,3 +92,14 @@ def test_ctrl_c_keeps_what_was_written(loaded, monkeypatch):
     turn = generate(model, tokenizer, prompt, Sampling(), stop)
     assert turn.stopped == "interrupted"
     assert turn.new_ids
+
+
+def test_threads_follow_the_model_unless_asked():
+    before = torch.get_num_threads()
+    small = {"total_bytes": 20_000_000, "parameters": 10, "active_parameters": 3, "device": "cpu"}
+    assert choose_threads(small, None)[0] == torch.get_num_threads() == 1
+    torch.set_num_threads(before)
+    assert choose_threads({**small, "total_bytes": 10**9}, None)[0] == before
+    assert choose_threads({**small, "device": "cuda:0"}, None)[0] == before
+    assert choose_threads({**small, "total_bytes": 10**9}, 1) == (1, "as asked")
+    torch.set_num_threads(before)

@@ -35,7 +35,7 @@ def run(
     experts: Annotated[
         str, typer.Option(help="Who computes the experts: moesaic, grouped_mm, batched_mm or eager.")
     ] = "moesaic",
-    threads: Annotated[int | None, typer.Option(help="CPU threads; default: one per core.")] = None,
+    threads: Annotated[int | None, typer.Option(help="CPU threads; default: one for a small model, else one per core.")] = None,
     page: Annotated[Path, typer.Option(help="Where the HTML page goes.")] = Path(PAGE),
     no_page: Annotated[bool, typer.Option("--no-page", help="Write no page.")] = False,
     dense_ok: Annotated[bool, typer.Option(help="Run a model without experts anyway.")] = False,
@@ -56,10 +56,9 @@ def run(
     from moesaic.serving.generate import Sampling
 
     sampling = Sampling(max_new_tokens, temperature, top_k, top_p, repetition_penalty, seed)
-    _set_threads(threads)
     out = progress_console if json else console
     opened = open_model(model, dtype, experts=experts, dense_ok=dense_ok, trust_remote_code=trust_remote_code)
-    live = session.Session(model, opened, sampling, out, stream=None if json else sys.stdout)
+    live = session.Session(model, opened, sampling, out, None if json else sys.stdout, threads)
     live.show_facts()
     if interactive:
         _chat(live, text)
@@ -114,13 +113,6 @@ def _piped() -> bool:
         return stat.S_ISFIFO(mode) and bool(select.select([sys.stdin], [], [], 0.5)[0])
     except (OSError, ValueError, AttributeError):
         return False
-
-
-def _set_threads(threads: int | None) -> None:
-    if threads is not None:
-        import torch
-
-        torch.set_num_threads(threads)
 
 
 def _chat(live: Any, first: str | None) -> None:

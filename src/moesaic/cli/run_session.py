@@ -14,7 +14,7 @@ from moesaic.cli.loading import Opened
 from moesaic.core.errors import NotMoE
 from moesaic.report.files import write_atomically
 from moesaic.report.run_page import Layer, RunPage
-from moesaic.serving.describe import allow_packing, describe, packed_bytes
+from moesaic.serving.describe import allow_packing, choose_threads, describe, packed_bytes
 from moesaic.serving.generate import Generation, Sampling, encode, generate
 from moesaic.serving.stream import token_texts
 from moesaic.serving.usage import LayerUsage, Recorder
@@ -23,13 +23,16 @@ from moesaic.serving.usage import LayerUsage, Recorder
 class Session:
     """Answers prompts one after another. `turn` is the last answer, `usage` the routing that made it."""
 
-    def __init__(self, name: str, opened: Opened, sampling: Sampling, out: Console, stream: TextIO | None) -> None:
+    def __init__(
+        self, name: str, opened: Opened, sampling: Sampling, out: Console, stream: TextIO | None, threads: int | None = None
+    ) -> None:
         from moesaic.view import view
 
         self.name, self.model, self.tokenizer = name, opened.model, opened.tokenizer
         self.sampling, self.out, self.stream = sampling, out, stream
         allow_packing(opened.model)
         self.facts = describe(opened.model, opened.source)
+        self.facts["threads"], self.why_threads = choose_threads(self.facts, threads)
         try:
             self.recorder: Recorder | None = Recorder(view(opened.model))
         except NotMoE:
@@ -102,6 +105,8 @@ class Session:
         table.add_row("bytes", f"{size(facts['resident_bytes'])} resident of {size(facts['total_bytes'])}")
         for kernel in facts["kernels"]:
             table.add_row("kernels", f"{kernel['backend']}: {kernel['reason']}")
+        if facts["device"] == "cpu":
+            table.add_row("threads", f"{facts['threads']}: {self.why_threads}")
         table.add_row("exact", "yes: the weights as stored" if facts["exact"] else "no: weights rounded to a narrower dtype")
         self.out.print(table)
 

@@ -11,6 +11,9 @@ from torch import nn
 
 from moesaic.core.errors import NotMoE
 
+SMALL = 64_000_000
+"""Active bytes per token below which one thread decodes fastest."""
+
 
 def describe(model: Any, source: Any = None) -> dict[str, Any]:
     """The facts that `moesaic run` prints before its first token; a dense model has no layers of experts."""
@@ -112,6 +115,22 @@ def allow_packing(model: Any) -> int:
     granted = wanted if on_cpu and wanted <= _free_memory() // 2 else 0
     grant(granted)
     return granted
+
+
+def choose_threads(facts: dict[str, Any], asked: int | None) -> tuple[int, str]:
+    """Set torch's CPU threads; returns their number and why.
+
+    A token of a small model is hundreds of products of microseconds each: handing them between threads costs more than
+    it saves, and twenty times as much when another process holds one of the cores.
+    """
+    if asked is not None:
+        torch.set_num_threads(asked)
+        return asked, "as asked"
+    active = facts["total_bytes"] * facts.get("active_parameters", facts["parameters"]) / facts["parameters"]
+    if facts["device"] == "cpu" and active < SMALL:
+        torch.set_num_threads(1)
+        return 1, "a token reads too little to share between cores"
+    return torch.get_num_threads(), "all cores"
 
 
 def packed_bytes() -> int:
