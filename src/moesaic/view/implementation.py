@@ -11,14 +11,14 @@ from transformers.integrations import moe as transformers_moe
 
 from moesaic.core.errors import BadInput
 from moesaic.core.routing import Dispatch
-from moesaic.kernels import expert_mlp
+from moesaic.kernels import dispatch_slots, expert_mlp
 
 NAME = "moesaic"
 
 
 def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """The experts call: x [T, D], ids [T, K] (outside [0, E): empty slot), weights [T, K] -> y [T, D]."""
-    return run(self, hidden_states, Dispatch.of_slots(top_k_index, top_k_weights, self.down_proj.shape[0]))
+    return run(self, hidden_states, dispatch_slots(top_k_index, top_k_weights, self.down_proj.shape[0]))
 
 
 def run(experts: Any, x_TD: Tensor, dispatch: Dispatch) -> Tensor:
