@@ -151,6 +151,8 @@ def _config(source: str | Path, common: dict[str, Any]) -> Any:
         kind = files.read_config(source).get("model_type") if isinstance(source, Path) else None
         if kind is not None and kind not in transformers.models.auto.configuration_auto.CONFIG_MAPPING:
             raise BadInput(f"{source}: unknown architecture {kind!r} (transformers {transformers.__version__})") from error
+        if isinstance(source, str) and isinstance(error, OSError):
+            raise BadInput(f"no model folder {source!r} here, and the hub gave none: {_first_line(error)}") from error
         raise BadInput(f"cannot read the configuration of {source}: {_first_line(error)}") from error
 
 
