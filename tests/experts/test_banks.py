@@ -64,6 +64,14 @@ def test_reading_and_replacing_one_expert():
         bank[4]
 
 
+def test_two_experts_swap():
+    bank = GatedMLP(16, 4, 8)
+    first, second = bank[0], bank[1]
+    bank[0], bank[1] = bank[1], bank[0]
+    assert torch.equal(bank[0]["down_EDI"], second["down_EDI"])
+    assert torch.equal(bank[1]["down_EDI"], first["down_EDI"])
+
+
 def test_rows_may_share_a_stored_expert():
     moe = MoE(16, 4, bank=GatedMLP(16, 4, 8))
     x = torch.randn(9, 16)

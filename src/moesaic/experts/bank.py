@@ -36,12 +36,12 @@ class ExpertBank(nn.Module):
     @property
     def cost_E(self) -> Tensor:
         """FLOPs per token of each expert, float32 [E]."""
-        return torch.full((self.num_experts,), 2.0 * sum(v.numel() for v in self[0].values()))
+        return torch.full((self.num_experts,), 2.0 * sum(v.numel() for v in self.peek(0).values()))
 
     @property
     def bytes_E(self) -> Tensor:
         """Bytes of each expert's own weights, float64 [E]."""
-        sizes = [sum(v.numel() * v.element_size() for v in self[e].values()) for e in range(self.num_experts)]
+        sizes = [sum(v.numel() * v.element_size() for v in self.peek(e).values()) for e in range(self.num_experts)]
         return torch.tensor(sizes, dtype=torch.float64)
 
     def forward(self, x_SD: Tensor, offsets_E1: Tensor) -> Tensor:
@@ -62,14 +62,18 @@ class ExpertBank(nn.Module):
     def __len__(self) -> int:
         return self.num_experts
 
-    def __getitem__(self, e: int) -> dict[str, Tensor]:
-        """Expert e's tensors by name (views of the stacked parameters)."""
+    def peek(self, e: int) -> dict[str, Tensor]:
+        """Expert e's tensors by name, as views of the parameters."""
         self._check(e)
         return {name: getattr(self, name)[e] for name in self.stacked}
 
+    def __getitem__(self, e: int) -> dict[str, Tensor]:
+        """A copy of expert e's tensors by name, so that `bank[0], bank[1] = bank[1], bank[0]` swaps."""
+        return {name: tensor.detach().clone() for name, tensor in self.peek(e).items()}
+
     def __setitem__(self, e: int, tensors: Mapping[str, Tensor]) -> None:
         """Copy new weights into expert e. Raises BadInput naming the tensor whose name or shape does not fit."""
-        own = self[e]
+        own = self.peek(e)
         if own.keys() != tensors.keys():
             raise BadInput(f"expert {e} has tensors {sorted(own)}; got {sorted(tensors)}")
         for name, value in tensors.items():

@@ -50,6 +50,6 @@ class Unequal(ExpertBank):
                 parts.append(linear(silu(gate_sI) * up_sI, self.down[e]))
         return torch.cat(parts) if parts else x_SD.new_zeros(0, self.dim)
 
-    def __getitem__(self, e: int) -> dict[str, Tensor]:
+    def peek(self, e: int) -> dict[str, Tensor]:
         self._check(e)
         return {"gate_up_HD": self.gate_up[e], "down_DI": self.down[e]}

@@ -58,10 +58,10 @@ class ZeroComputation(ExpertBank):
         parts.append(torch.zeros_like(x_SD[bounds[self.constants + self.copies] :]))
         return torch.cat(parts)
 
-    def __getitem__(self, e: int) -> dict[str, Tensor]:
+    def peek(self, e: int) -> dict[str, Tensor]:
         self._check(e)
         e %= self.num_experts
         if e < len(self.ffn):
-            return self.ffn[e]
+            return self.ffn.peek(e)
         c = e - len(self.ffn)
         return {"mix_2D": self.mix_C2D[c], "vector_D": self.vector_CD[c]} if c < self.constants else {}
