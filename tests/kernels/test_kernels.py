@@ -122,6 +122,10 @@ def test_parameters_inside_a_hook_get_gradients():
         y = expert_mlp(leaves["x"], dispatch, leaves["gate_up"], leaves["down"], backend=backend, **case.how)
         grads.append(torch.autograd.grad(y.square().sum(), scale)[0])
     assert relative_error(grads[1], grads[0]) < 1e-12
+    with torch.enable_grad():  # also when nothing else needs one
+        frozen = [leaf.detach() for leaf in leaves.values()]
+        dispatch = Dispatch.of_slots(experts_TK, frozen[1], case.E)
+        assert expert_mlp(frozen[0], dispatch, frozen[2], frozen[3], **case.how).requires_grad
 
 
 def test_only_what_needs_a_gradient_gets_one():

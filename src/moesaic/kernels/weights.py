@@ -52,6 +52,12 @@ class Form:
         """Plain SwiGLU with nothing in between: what the fused paths compute."""
         return self.gated and self.apply_gate is None and self.post is None and is_silu(self.act)
 
+    @property
+    def may_learn(self) -> bool:
+        """Whether a callable of the caller's may hold parameters: such a form needs a path with gradients."""
+        learns = isinstance(self.act, nn.Module) and any(p.requires_grad for p in self.act.parameters())
+        return learns or self.apply_gate is not None or self.post is not None
+
     def activate(self, h_SH: Tensor) -> Tensor:
         """The inner activations a [S, I] of the first product's rows."""
         if self.gated and self.apply_gate is not None:
@@ -101,7 +107,7 @@ class Weights:
     @property
     def needs_grad(self) -> bool:
         tensors = (self.gate_up, self.down, self.form.gate_up_bias_EH, self.form.down_bias_ED)
-        return any(t is not None and t.requires_grad for t in tensors)
+        return self.form.may_learn or any(t is not None and t.requires_grad for t in tensors)
 
     def check(self, x_TD: Tensor, num_experts: int) -> None:
         """Raise BadInput naming the first tensor whose shape does not fit the others."""
