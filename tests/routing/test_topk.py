@@ -188,6 +188,17 @@ def test_top_p_card_properties():
     assert (mass > 0.6).all()
 
 
+def test_top_p_set_shrinks_as_the_top_probability_grows():
+    rest = torch.randn(7).softmax(-1)
+    sizes = []
+    for top in torch.linspace(0.15, 0.95, 20):
+        p = torch.cat([top.view(1), (1 - top) * rest]).unsqueeze(0)
+        if p[0, 0] >= p[0].max():
+            sizes.append(int((top_p(p, 0.6) >= 0).sum()))
+    assert len(sizes) > 10
+    assert sizes == sorted(sizes, reverse=True)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
