@@ -26,7 +26,8 @@ docs: $(VENV)/.dev
 
 # Runs in the machine's own environment: its torch, triton and transformers are the ones to measure.
 gpu:
-	PYTHONPATH=src $(PYTHON) -m pytest -m gpu tests $(ARGS)
+	PYTHONPATH=src $(PYTHON) -m pytest -m gpu tests/gpu $(ARGS)
+	mkdir -p $${OUT:-build}
 	PYTHONPATH=src $(PYTHON) -m moesaic bench layer --device cuda --json > $${OUT:-build}/bench-layer-gpu.json
 
 $(VENV)/.run: pyproject.toml
