@@ -56,7 +56,7 @@ def test_it_beats_both_compressors_in_every_domain(shared, capsys):
 
     data = shared / "data" / "corpus" / "valid"
     with pytest.raises(SystemExit) as done:
-        main(["eval", "bundled", "--data", str(data), "--context", "512", "--compare-compressors", "--max-bytes", "12000", "--json"])
+        main(f"eval bundled --data {data} --context 512 --compare-compressors --max-bytes 12000 --json".split())
     assert not done.value.code
     domains = json.loads(capsys.readouterr().out)["domains"]
     assert len(domains) == len({doc.domain for doc in read_documents(data)}) == 11
