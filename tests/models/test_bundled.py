@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+from transformers import AutoConfig
 
 import moesaic
 from moesaic.core.documents import read_documents
@@ -17,11 +18,11 @@ FOLDER = resolve_model("bundled")
 
 
 def test_it_is_a_small_stock_moe():
-    config = json.loads((FOLDER / "config.json").read_text())
-    assert config["architectures"] == ["Qwen3MoeForCausalLM"]
-    assert config["num_hidden_layers"] >= 6
-    assert config["num_experts"] >= 16
-    assert config["num_experts_per_tok"] >= 2
+    config = AutoConfig.from_pretrained(FOLDER)
+    assert config.architectures == ["Qwen3MoeForCausalLM"]
+    assert config.num_hidden_layers >= 6
+    assert config.num_experts >= 16
+    assert config.num_experts_per_tok >= 2
     assert sum(f.stat().st_size for f in FOLDER.glob("*.safetensors")) <= 20_000_000
     assert not [f for f in FOLDER.iterdir() if f.suffix in (".bin", ".pt", ".py", ".pkl")]
 

@@ -74,12 +74,13 @@ def run(x_TD: Tensor, dispatch: Dispatch, form: Form, store: Store) -> Tensor:
         store.ready([e for e, _, _ in spans])
         x_cast_TD = x_TD.to(store.dtype)
         wide = torch.promote_types(store.dtype, torch.float32)
+        if dispatch.tokens == 1:  # every pair reads the same row: nothing to gather, nothing to put back in order
+            y_SD = _block(x_cast_TD.expand(spans[-1][2], -1), spans, form, store)
+            return torch.mv(y_SD.to(wide).T, dispatch.weight_S.to(wide)).to(x_TD.dtype).unsqueeze(0)
         y_SD = scratch("pairs", spans[-1][2], x_TD.shape[1], wide)
         for block in blocks(spans, x_TD.device):
             here = slice(block[0][1], block[-1][2])
             y_SD[here] = _block(x_cast_TD.index_select(0, dispatch.token_S[here]), block, form, store)
-        if dispatch.tokens == 1:
-            return torch.mv(y_SD.T, dispatch.weight_S.to(wide)).to(x_TD.dtype).unsqueeze(0)
         order = TokenOrder.of(dispatch.token_S, dispatch.tokens)
         return sum_per_token(y_SD, dispatch.weight_S, order, x_TD.dtype)
 
