@@ -75,7 +75,7 @@ def run(x_TD: Tensor, dispatch: Dispatch, form: Form, store: Store) -> Tensor:
         x_cast_TD = x_TD.to(store.dtype)
         wide = torch.promote_types(store.dtype, torch.float32)
         if dispatch.tokens == 1:  # every pair reads the same row: nothing to gather, nothing to put back in order
-            y_SD = _block(x_cast_TD.expand(spans[-1][2], -1), spans, form, store)
+            y_SD = _block(x_cast_TD.repeat(spans[-1][2], 1), spans, form, store)
             return torch.mv(y_SD.to(wide).T, dispatch.weight_S.to(wide)).to(x_TD.dtype).unsqueeze(0)
         y_SD = scratch("pairs", spans[-1][2], x_TD.shape[1], wide)
         for block in blocks(spans, x_TD.device):
