@@ -33,7 +33,7 @@ gpu:
 $(VENV)/.run: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q "$(TORCH)"
-	$(BIN)/pip install -q -e .
+	$(BIN)/pip install -q -e ".[cpu]"
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.run

@@ -3,8 +3,8 @@
 Where the weights come from is a store: `Plain` reads the stacked tensors as they are, `PackedBank` (packing.py) holds
 oneDNN's own layout, `QuantizedBank` (quantized.py) int8 or int4. What makes it fast, by size:
 
+- few rows per expert: reading the weights is everything, hence one compiled pass (few_rows.py), or packing without it;
 - one token: no sort, no scatter, two products per hit expert;
-- few rows per expert: reading the weights is everything, hence packing;
 - many rows: blocks keep the inner rows in cache, the activation runs on a whole block (per expert it would be too
   small to share between cores), outputs go to scratch that is kept, and the combine is one pass.
 """
@@ -21,9 +21,10 @@ from torch.nn.functional import silu
 from moesaic.core.errors import BadInput
 from moesaic.core.registry import register
 from moesaic.core.routing import Dispatch
+from moesaic.kernels import few_rows
 from moesaic.kernels.combine import TokenOrder, sum_per_token
 from moesaic.kernels.memory import scratch
-from moesaic.kernels.packing import packed_for
+from moesaic.kernels.packing import PackedBank, packed_for
 from moesaic.kernels.products import Span, blocks, hit_spans, rows_by_weight
 from moesaic.kernels.slots import bounds_of
 from moesaic.kernels.weights import Form, Weights, compute_dtype
@@ -58,9 +59,17 @@ class Plain:
 
 @register("kernels", "cpu", card="benchmarks.md#moe-layer", devices="cpu", training=False)
 def cpu(x_TD: Tensor, dispatch: Dispatch, weights: Weights) -> Tensor:
-    """Inference on a CPU in cache-sized blocks, from packed weights where packing is allowed."""
+    """Inference on a CPU: one compiled pass for a few rows per expert, else cache-sized blocks."""
+    return best(x_TD, dispatch, weights)
+
+
+def best(x_TD: Tensor, dispatch: Dispatch, weights: Weights, packed: PackedBank | None = None) -> Tensor:
+    """The fastest way for so many rows; without `packed`, weights are packed only within the budget granted."""
     dtype = compute_dtype(x_TD, weights)
-    return run(x_TD, dispatch, weights.form, packed_for(weights, dtype) or Plain(weights, dtype))
+    spans = hit_spans(bounds_of(dispatch))
+    if spans and x_TD.device.type == "cpu" and few_rows.fits(weights, dtype, spans):
+        return few_rows.run(x_TD, dispatch, weights, spans)
+    return run(x_TD, dispatch, weights.form, packed or packed_for(weights, dtype) or Plain(weights, dtype))
 
 
 def run(x_TD: Tensor, dispatch: Dispatch, form: Form, store: Store) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor
 from moesaic.core.errors import BadInput
 from moesaic.core.registry import get
 from moesaic.core.routing import Dispatch
+from moesaic.kernels import few_rows
 from moesaic.kernels.packing import PackedBank, budget_reason
 from moesaic.kernels.slots import dispatch_slots
 from moesaic.kernels.weights import Activation, Form, Weights, compute_dtype
@@ -36,7 +37,9 @@ def choose(x_TD: Tensor, weights: Weights, *, needs_grad: bool | None = None) ->
             Choice("torch", f"no Triton path: {missing}") if missing else Choice("triton", "fused grouped products on the GPU")
         )
     if device == "cpu" and not needs_grad:
-        return Choice("cpu", f"inference on a CPU; {budget_reason(weights, compute_dtype(x_TD, weights))}")
+        dtype = compute_dtype(x_TD, weights)
+        few = "a compiled pass for a few rows per expert, else " if few_rows.suits(weights, dtype) else ""
+        return Choice("cpu", f"inference on a CPU; {few}{budget_reason(weights, dtype)}")
     return Choice("torch", "gradients are needed" if needs_grad else f"no path of its own for {device}")
 
 
@@ -89,10 +92,10 @@ def expert_mlp(
         if grad and backend == "cpu":
             raise BadInput("the cpu kernel has no backward: use backend='auto' or 'torch', or run under torch.no_grad()")
         if packed is not None:
-            from moesaic.kernels.cpu import run
+            from moesaic.kernels.cpu import best
 
             packed.follow(gate_up, down)
-            return run(x_TD, dispatch, weights.form, packed)
+            return best(x_TD, dispatch, weights, packed)
     return get("kernels", name).build(x_TD, dispatch, weights)
 
 

@@ -1,0 +1,1 @@
+"""Passes compiled by Numba, an extra: imported only where they run."""

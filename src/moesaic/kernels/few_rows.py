@@ -1,0 +1,83 @@
+"""A few rows per expert on a CPU: the whole SwiGLU bank as one compiled pass over the hit experts' stored bf16 weights.
+
+At one to four rows an expert is a matrix-vector product, and reading its weights once is all that counts. Library calls
+per expert leave half of the bandwidth unused and want the weights packed; this pass, compiled by Numba (an extra),
+reads the stacked tensors as they lie, shares their rows between cores, and sums in fp32. It runs on the OpenMP pool that
+PyTorch uses, so the two do not fight for cores. Its twin is kernels/reference.py.
+
+Shape legend: T tokens, S pairs, P hit experts, D model width, I inner width.
+"""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moesaic.core.routing import Dispatch
+from moesaic.kernels.products import Span
+from moesaic.kernels.weights import Weights
+
+MOST_ROWS = 4
+"""Pairs per hit expert up to which reading weights outweighs arithmetic; beyond, matrix products win."""
+
+LEAST_BYTES = 1 << 18
+"""Smaller experts sit in cache, and are not worth the seconds of the first compilation."""
+
+MULTIPLE = 16
+"""D and I must be multiples of the rows that one core takes at a time (compiled/swiglu.py)."""
+
+
+def available() -> bool:
+    return find_spec("numba") is not None
+
+
+def fits(weights: Weights, dtype: torch.dtype, spans: list[Span]) -> bool:
+    """Whether this pass computes these weights exactly as asked, and is the fast way for so few rows."""
+    return spans[-1][2] <= MOST_ROWS * len(spans) and suits(weights, dtype)
+
+
+def suits(weights: Weights, dtype: torch.dtype) -> bool:
+    """Whether this pass can run these weights at all."""
+    form = weights.form
+    return (
+        dtype == weights.gate_up.dtype == weights.down.dtype == torch.bfloat16
+        and form.swiglu
+        and form.gate_up_bias_EH is None
+        and form.down_bias_ED is None
+        and not weights.transposed
+        and weights.gate_up.is_contiguous()
+        and weights.down.is_contiguous()
+        and weights.inner_width % MULTIPLE == weights.model_width % MULTIPLE == 0
+        and weights.down[0].nbytes >= LEAST_BYTES
+        and available()
+    )
+
+
+def run(x_TD: Tensor, dispatch: Dispatch, weights: Weights, spans: list[Span]) -> Tensor:
+    """y [T, D] in x's dtype; no gradients. `spans` are the hit experts, as products.hit_spans gives them.
+
+    The first call on a machine compiles for some seconds; a file cache serves the next process.
+    """
+    import numba
+
+    from moesaic.kernels.compiled.swiglu import swiglu
+
+    numba.set_num_threads(max(1, min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS)))
+    y_TD = torch.zeros(x_TD.shape, dtype=torch.float32)
+    swiglu(
+        x_TD.detach().float().contiguous().numpy(),
+        torch.tensor(spans).numpy(),
+        dispatch.token_S.numpy(),
+        dispatch.weight_S.detach().float().numpy(),
+        _bits(weights.gate_up),
+        _bits(weights.down),
+        y_TD.numpy(),
+    )
+    return y_TD.to(x_TD.dtype)
+
+
+def _bits(weight: Tensor) -> Any:
+    return weight.detach().view(torch.uint16).numpy()
