@@ -69,15 +69,18 @@ def best(x_TD: Tensor, dispatch: Dispatch, weights: Weights, packed: PackedBank 
     spans = hit_spans(bounds_of(dispatch))
     if spans and x_TD.device.type == "cpu" and few_rows.fits(weights, dtype, spans):
         return few_rows.run(x_TD, dispatch, weights, spans)
-    return run(x_TD, dispatch, weights.form, packed or packed_for(weights, dtype) or Plain(weights, dtype))
+    return run(x_TD, dispatch, weights.form, packed or packed_for(weights, dtype) or Plain(weights, dtype), spans)
 
 
-def run(x_TD: Tensor, dispatch: Dispatch, form: Form, store: Store) -> Tensor:
-    """y [T, D] in x's dtype; `form` says what happens around the products, `store` computes them. No gradients."""
+def run(x_TD: Tensor, dispatch: Dispatch, form: Form, store: Store, spans: list[Span] | None = None) -> Tensor:
+    """y [T, D] in x's dtype; `form` says what happens around the products, `store` computes them. No gradients.
+
+    `spans` are the hit experts, where the caller has found them already.
+    """
     if x_TD.device.type != "cpu":
         raise BadInput(f"the cpu kernel got a tensor on {x_TD.device}")
     with torch.no_grad(), torch.autocast("cpu", enabled=False):
-        spans = hit_spans(bounds_of(dispatch))
+        spans = hit_spans(bounds_of(dispatch)) if spans is None else spans
         if not spans:
             return torch.zeros_like(x_TD)
         store.ready([e for e, _, _ in spans])

@@ -10,6 +10,7 @@ Shape legend: T tokens, S pairs, P hit experts, D model width, I inner width.
 
 from __future__ import annotations
 
+from functools import cache
 from importlib.util import find_spec
 from typing import Any
 
@@ -30,7 +31,9 @@ MULTIPLE = 16
 """D and I must be multiples of the rows that one core takes at a time (compiled/swiglu.py)."""
 
 
+@cache  # asked on every call of a bank; a search of the import path each time would cost more than the pass
 def available() -> bool:
+    """Whether Numba is installed."""
     return find_spec("numba") is not None
 
 
