@@ -272,7 +272,7 @@ def from_arrays(
     columns: segments.Columns = {"experts": ids, "runs": np.stack([np.arange(len(sizes)), first, sizes, each], 1)}
     domain = np.full(len(sizes), -1) if domain_S is None else np.asarray(domain_S)
     columns["sequences"] = np.stack([domain, np.zeros_like(domain)], 1).astype(np.int32)
-    given = {"weights": (weights_TLK, np.float16), "logits": (logits_TLE, np.float16), "ahead": (ahead_TLAM, dtype)}
+    given: dict[str, Any] = {"weights": (weights_TLK, np.float16), "logits": (logits_TLE, np.float16), "ahead": (ahead_TLAM, dtype)}
     for name, (array, kind) in given.items():
         if array is not None:
             columns[name] = np.asarray(array, kind)
