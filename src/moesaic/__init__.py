@@ -18,6 +18,8 @@ _LAZY = {
     "RoutingContext": "moesaic.core.context",
     "Dispatch": "moesaic.core.routing",
     "register": "moesaic.core.registry",
+    "trace": "moesaic.trace",
+    "open_trace": "moesaic.trace",
 }
 
 __all__ = ["__version__", *_LAZY]

@@ -8,9 +8,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from moesaic.core.documents import Document
+from moesaic.core.documents import Document, select
 from moesaic.core.errors import BadInput
-from moesaic.evaluation.bits_per_byte import report, score_documents, select
+from moesaic.evaluation.bits_per_byte import report, score_documents
 
 NON_BMP = "𝄞 clef, 🙂🙃 faces, 𓀀"
 

@@ -64,7 +64,7 @@ def test_each_promise_can_fail(case, monkeypatch):
         return output * 1.0001
 
     broken("attached", tap.Tap, "_after_experts", loud)
-    broken("traced", tap.Tap, "_logits", lambda self, output: None)
+    broken("traced", tap.Tap, "logits", lambda self, output: None)
     broken("routed", tap.Tap, "capture", noisy_route)
     broken("replaced", bank.ViewBank, "__setitem__", lambda self, e, expert: None)
     broken("kernels", implementation, "run", lambda *args: run(*args) * 1.001)

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from moesaic.cli.common import Debug, Json, console, emit, progress_console, single
 from moesaic.cli.loading import open_model
-from moesaic.core.documents import read_documents
+from moesaic.core.documents import read_documents, select
 from moesaic.core.errors import BadInput
 
 
@@ -40,7 +40,7 @@ def evaluate(
         raise BadInput("--data is missing: name a text file, a file of {text, domain} JSON lines, or a folder of them")
     from moesaic.evaluation import bits_per_byte as bpb
 
-    documents = bpb.select(read_documents(data), max_bytes, seed)
+    documents = select(read_documents(data), max_bytes, seed)
     if threads:
         import torch
 

@@ -8,8 +8,10 @@ import sys
 COMMANDS = {
     "run": "generate text with a MoE and see which experts did it",
     "eval": "bits per byte and perplexity per domain",
+    "analyze": "statistics of a routing trace: load, locality, specialisation",
     "train": "train a model from a config file",
     "view": "list a model's experts; --coverage checks every architecture",
+    "trace": "record which experts every token of a text chooses",
     "bench": "measure against peers and the floor",
     "systems": "every method, its paper and its state",
 }

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import gzip
 import json
+import random
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -70,3 +71,34 @@ def _parse(line: str, file: Path, number: int, stem: str) -> Document:
     if not isinstance(row, dict) or not isinstance(row.get("text"), str):
         raise BadInput(f'{file}:{number}: a row must be an object with a string "text"')
     return Document(row["text"], str(row.get("domain") or stem))
+
+
+def select(documents: Iterable[Document], max_bytes: int | None, seed: int | None = None) -> list[Document]:
+    """The documents to score: all, or the first of each domain up to `max_bytes` (the last one is cut at a character).
+
+    With a seed they are shuffled first, so that a cap draws a sample instead of the head of each file.
+    """
+    found = list(documents)
+    if seed is not None:
+        random.Random(seed).shuffle(found)
+    if max_bytes is None:
+        return found
+    left: dict[str, int] = {}
+    kept = []
+    for document in found:
+        room = left.setdefault(document.domain, max_bytes)
+        if room <= 0:
+            continue
+        data = utf8(document)[:room]
+        left[document.domain] = room - len(data)
+        kept.append(Document(data.decode(errors="ignore"), document.domain))
+    return kept
+
+
+def utf8(document: Document) -> bytes:
+    try:
+        return document.text.encode()
+    except UnicodeEncodeError as error:
+        raise BadInput(
+            f"a document of domain {document.domain!r} holds a lone surrogate (character {error.start}): not valid Unicode text"
+        ) from error

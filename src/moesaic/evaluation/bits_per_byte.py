@@ -8,7 +8,6 @@ tokenizers, and file compressors, compare on one scale.
 from __future__ import annotations
 
 import math
-import random
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from moesaic.core.documents import Document
+from moesaic.core.documents import Document, utf8
 from moesaic.core.errors import BadInput
 from moesaic.evaluation.windows import Window, batches, windows
 
@@ -55,28 +54,6 @@ class Score:
             "documents": self.documents,
             "lossy_documents": self.lossy_documents,
         }
-
-
-def select(documents: Iterable[Document], max_bytes: int | None, seed: int | None = None) -> list[Document]:
-    """The documents to score: all, or the first of each domain up to `max_bytes` (the last one is cut at a character).
-
-    With a seed they are shuffled first, so that a cap draws a sample instead of the head of each file.
-    """
-    found = list(documents)
-    if seed is not None:
-        random.Random(seed).shuffle(found)
-    if max_bytes is None:
-        return found
-    left: dict[str, int] = {}
-    kept = []
-    for document in found:
-        room = left.setdefault(document.domain, max_bytes)
-        if room <= 0:
-            continue
-        data = utf8(document)[:room]
-        left[document.domain] = room - len(data)
-        kept.append(Document(data.decode(errors="ignore"), document.domain))
-    return kept
 
 
 def score_documents(
@@ -175,15 +152,6 @@ def start_token(tokenizer: Any) -> int:
 def round_trips(tokenizer: Any, tokens: list[int], text: str) -> bool:
     decoded = tokenizer.decode(tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False) if tokens else ""
     return decoded == text
-
-
-def utf8(document: Document) -> bytes:
-    try:
-        return document.text.encode()
-    except UnicodeEncodeError as error:
-        raise BadInput(
-            f"a document of domain {document.domain!r} holds a lone surrogate (character {error.start}): not valid Unicode text"
-        ) from error
 
 
 def report(model: str, scores: dict[str, Score]) -> dict[str, Any]:

@@ -272,12 +272,11 @@ def from_arrays(
     columns: segments.Columns = {"experts": ids, "runs": np.stack([np.arange(len(sizes)), first, sizes, each], 1)}
     domain = np.full(len(sizes), -1) if domain_S is None else np.asarray(domain_S)
     columns["sequences"] = np.stack([domain, np.zeros_like(domain)], 1).astype(np.int32)
-    given: dict[str, Any] = {"weights": (weights_TLK, np.float16), "logits": (logits_TLE, np.float16), "ahead": (ahead_TLAM, dtype)}
-    for name, (array, kind) in given.items():
-        if array is not None:
-            columns[name] = np.asarray(array, kind)
-    if tokens_T is not None:
-        columns["tokens"] = np.asarray(tokens_T, np.uint32)
+    given: list[tuple[str, Any, Any]] = [
+        ("weights", weights_TLK, np.float16), ("logits", logits_TLE, np.float16),
+        ("ahead", ahead_TLAM, dtype), ("tokens", tokens_T, np.uint32),
+    ]  # fmt: skip
+    columns |= {name: np.asarray(array, kind) for name, array, kind in given if array is not None}
     for name in ("weights", "logits", "ahead", "tokens"):
         if name in columns and len(columns[name]) != tokens:
             raise BadInput(f"{name} has {len(columns[name])} rows for {tokens} tokens")

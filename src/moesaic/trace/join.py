@@ -40,7 +40,8 @@ def _plan(parts: list[segments.Columns]) -> tuple[list[np.ndarray], np.ndarray, 
     cuts = np.cumsum([len(pair[0]) for pair in pairs])[:-1]
     table: dict[int, tuple[int, int]] = {}
     for part in parts:
-        for number, (domain, stream) in zip(part["written"], part["sequences"], strict=True):
+        numbers_S = part.get("written", np.arange(len(part["sequences"])))  # a finished trace that was then gone on with
+        for number, (domain, stream) in zip(numbers_S, part["sequences"], strict=True):
             table[int(number)] = (int(domain), int(stream))
     numbers = np.unique(sequence_T)  # sequences of which nothing was kept (all padding) leave no gap
     runs = runs_of(np.searchsorted(numbers, sequence_T[order]), step_T[order])

@@ -159,6 +159,14 @@ class Block:
         """Call fn(x_TD, routing, y_TD, block) after the experts ran; a tensor that it returns replaces y."""
         return self._tap.listen(self._tap.expert_listeners, fn)
 
+    def on_choice(self, fn: Callable[[tap.Choice, Block], None]) -> tap.Handle:
+        """Call fn(choice, block) before the experts run, after every policy and hook: the cheap way only to watch."""
+        return self._tap.listen(self._tap.watchers, fn)
+
+    def logits(self, choice: tap.Choice) -> Tensor | None:
+        """Router scores [T, E] of a watched choice; None where the router returns none."""
+        return self._tap.logits(choice.router_output)
+
     def hold(self) -> tap.Handle:
         """Keep this block's hooks in place until the handle is removed."""
         self._tap.acquire()

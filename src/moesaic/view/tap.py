@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,7 +19,8 @@ from torch.utils.hooks import RemovableHandle
 from moesaic.core.errors import BadInput
 from moesaic.core.routing import Routing
 from moesaic.view import implementation
-from moesaic.view.policy import Choice, ids_at, rerun
+from moesaic.view.policy import Choice as PolicyChoice
+from moesaic.view.policy import ids_at, rerun
 
 if TYPE_CHECKING:
     from moesaic.view.block import Block
@@ -37,6 +38,16 @@ def token_major(routing: Routing) -> tuple[Tensor, Tensor]:
     return routing.experts_TK, routing.weights_TK
 
 
+class Choice(NamedTuple):
+    """What an experts call is about to run, as the block handed it over: seen, not changed."""
+
+    x: Tensor
+    ids: Tensor
+    """[T, K]; ids outside [0, E) are slots that run nothing here."""
+    weights: Tensor
+    router_output: Any
+
+
 class Captured(Exception):
     """Carries a finished routing out of a block whose experts need not run."""
 
@@ -47,7 +58,7 @@ class Captured(Exception):
 class Rows:
     """Policies in force: `choices[p][b]` for policy p and block b, and which policy each batch row or token follows."""
 
-    def __init__(self, choices: list[list[Choice]], row_of: list[int], sequence_ids_T: Tensor | None = None) -> None:
+    def __init__(self, choices: list[list[PolicyChoice]], row_of: list[int], sequence_ids_T: Tensor | None = None) -> None:
         self.choices, self.row_of, self.sequence_ids_T = choices, row_of, sequence_ids_T
 
     def policy_T(self, tokens: int, device: torch.device) -> Tensor | None:
@@ -89,6 +100,7 @@ class Tap:
         self.block, self.view_key, self.index = block, view_key, index
         self.route_listeners: list[Callable] = []
         self.expert_listeners: list[Callable] = []
+        self.watchers: list[Callable] = []
         self.users = 0
         self.scores: str | None = None
         self._handles: list[RemovableHandle] = []
@@ -147,14 +159,15 @@ class Tap:
         if empty_TK is not None:
             experts_TK = experts_TK.masked_fill(empty_TK, -1)
         weights_TK = weights.reshape(experts_TK.shape)
-        logits_TE = self._logits(output)
+        logits_TE = self.logits(output)
         if logits_TE is None or logits_TE.shape[0] != experts_TK.shape[0]:
             self.scores = "rebuilt"
             logits_TE = torch.full((experts_TK.shape[0], num_experts), float("-inf"), device=weights.device)
             logits_TE = logits_TE.scatter(1, experts_TK.clamp(min=0), weights_TK.detach().float().log())
         return Routing(logits_TE=logits_TE, experts_TK=experts_TK, weights_TK=weights_TK)
 
-    def _logits(self, output: Any) -> Tensor | None:
+    def logits(self, output: Any) -> Tensor | None:
+        """Scores [T, E] in what the router returned (raw, or the log of its probabilities); None where it holds none."""
         first = output[0] if isinstance(output, tuple | list) and output else output
         num_experts = self.block.num_experts
         if not isinstance(first, Tensor) or not first.is_floating_point() or first.shape[-1] < num_experts:
@@ -199,8 +212,14 @@ class Tap:
     def _before_experts(self, module: Any, args: tuple, kwargs: dict) -> Any:
         state = self._state()
         names, values = list(kwargs), [*args, *kwargs.values()]
-        ids, weights = values[1:3]
-        routing = given = self.routing(ids, weights, state.pop("router", None), state.pop("empty", None))
+        x, ids, weights = values[:3]
+        output = state.pop("router", None)
+        if self.watchers and not (
+            self.route_listeners or self.expert_listeners or "capture" in state or self.block.bank.remapped or active.get()
+        ):  # nobody can change the routing: what watches it need not wait for a Routing to be made
+            self._show(Choice(x, ids, weights, output))
+            return None
+        routing = given = self.routing(ids, weights, output, state.pop("empty", None))
         if self.block.bank.remapped:
             rows_TK, _ = token_major(routing)
             stored = self.block.bank.row_to_expert.to(rows_TK.device)[rows_TK.clamp(min=0)]
@@ -211,10 +230,16 @@ class Tap:
         if state.get("capture"):
             raise Captured(routing)
         state["routing"] = routing
+        if self.watchers:
+            self._show(Choice(x, *token_major(routing), output))
         if routing is given:
             return None
         values[1:3] = self._slots(routing, module)
         return tuple(values[: len(args)]), dict(zip(names, values[len(args) :], strict=True))
+
+    def _show(self, choice: Choice) -> None:
+        for fn in list(self.watchers):
+            fn(choice, self.block)
 
     def _policy_functions(self, routing: Routing) -> Routing:
         rows = self._rows()
