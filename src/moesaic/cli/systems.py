@@ -43,6 +43,7 @@ TESTED = {
     "balancing": "tests/balancing, tests/matrix/test_balancers.py",
     "layers": "tests/layers",
     "kernels": "tests/kernels",
+    "statistics": "tests/trace/statistics",
 }
 
 

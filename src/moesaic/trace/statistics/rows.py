@@ -1,0 +1,93 @@
+"""Read a trace for statistics: whole sequences at a time, ids as int32 with -1 for an empty slot, layers with their rows.
+
+Shape legend of this package: T tokens, L layers, E experts (the most of any layer), K slots, S sequences, D domains,
+Z streams, U units of resampling, M window lengths, C cache sizes; small letters are those of one block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+
+from moesaic.core.errors import BadInput
+from moesaic.trace.file import Trace
+
+LARGEST_TABLE = 1 << 28
+"""Cells of the largest table of counts that a measure makes (2 GiB)."""
+
+
+class Rows(NamedTuple):
+    """Consecutive whole sequences.
+
+    Attributes:
+        sequences: their range of numbers. rows: their range of rows.
+        starts_s1: first row of each, counted from the first of `rows`, and the number of rows.
+        experts_tLK: ids, -1 = empty slot.
+    """
+
+    sequences: slice
+    rows: slice
+    starts_s1: np.ndarray
+    experts_tLK: np.ndarray
+
+    @property
+    def sequence_t(self) -> np.ndarray:
+        """Number of each row's sequence within the block."""
+        return np.repeat(np.arange(len(self.starts_s1) - 1), np.diff(self.starts_s1))
+
+
+def sequences(trace: Trace, tokens: int = 1 << 14) -> Iterator[Rows]:
+    """Blocks of about `tokens` rows that end where a sequence ends. Raises BadInput for a trace of no tokens."""
+    if not len(trace):
+        raise BadInput(f"{trace.name} holds no tokens: nothing was recorded")
+    starts = trace.starts_S1
+    first = 0
+    while first < len(starts) - 1:
+        stop = max(int(np.searchsorted(starts, starts[first] + tokens, "right")) - 1, first + 1)
+        rows = slice(int(starts[first]), int(starts[stop]))
+        yield Rows(slice(first, stop), rows, starts[first : stop + 1] - starts[first], _ids(trace, rows))
+        first = stop
+
+
+def _ids(trace: Trace, rows: slice) -> np.ndarray:
+    block = np.asarray(trace.experts_TLK[rows])
+    return np.where(block == trace.empty, np.int32(-1), block.astype(np.int32))
+
+
+def distinct(experts_tLK: np.ndarray) -> np.ndarray:
+    """The same choices as sets: an expert that a row names twice at one layer keeps its first slot."""
+    out = experts_tLK
+    for i in range(1, out.shape[2]):
+        twice = (out[..., :i] == out[..., i : i + 1]).any(2) & (out[..., i] >= 0)
+        if twice.any():
+            out = out.copy() if out is experts_tLK else out
+            out[..., i][twice] = -1
+    return out
+
+
+def own_SL(trace: Trace) -> np.ndarray:
+    """Whether a layer sees the tokens of a sequence (bool): all do, unless there are an encoder's and a decoder's."""
+    return trace.stream_S[:, None] == stream_L(trace)[None]
+
+
+def stream_L(trace: Trace) -> np.ndarray:
+    """Index into `trace.streams` of each layer."""
+    return np.array([trace.streams.index(layer.stream) for layer in trace.layers])
+
+
+def top_k_L(trace: Trace) -> np.ndarray:
+    return np.array([layer.top_k for layer in trace.layers])
+
+
+def real_LE(trace: Trace) -> np.ndarray:
+    """Which cells of an [L, E] table are experts (bool); layers may have fewer than the most."""
+    return np.arange(trace.num_experts)[None] < trace.experts_L[:, None]
+
+
+def check_table(what: str, *sizes: int) -> None:
+    """Raises BadInput where a table of counts would not fit in memory."""
+    cells = int(np.prod([float(size) for size in sizes]))
+    if cells > LARGEST_TABLE:
+        raise BadInput(f"{what} needs a table of {' x '.join(map(str, sizes))} cells: too many experts for this measure")
