@@ -4,6 +4,7 @@ Where the weights come from is a store: `Plain` reads the stacked tensors as the
 oneDNN's own layout, `QuantizedBank` (quantized.py) int8 or int4. What makes it fast, by size:
 
 - few rows per expert: reading the weights is everything, hence one compiled pass (few_rows.py), or packing without it;
+- many rows in bf16 on a CPU with AVX-512's product of bf16 pairs: one compiled pass as well (many_rows.py), or:
 - one token: no sort, no scatter, two products per hit expert;
 - many rows: blocks keep the inner rows in cache, the activation runs on a whole block (per expert it would be too
   small to share between cores), outputs go to scratch that is kept, and the combine is one pass.
@@ -21,7 +22,7 @@ from torch.nn.functional import silu
 from moesaic.core.errors import BadInput
 from moesaic.core.registry import register
 from moesaic.core.routing import Dispatch
-from moesaic.kernels import few_rows
+from moesaic.kernels import few_rows, many_rows
 from moesaic.kernels.combine import TokenOrder, sum_per_token
 from moesaic.kernels.memory import scratch
 from moesaic.kernels.packing import PackedBank, packed_for
@@ -59,7 +60,7 @@ class Plain:
 
 @register("kernels", "cpu", card="benchmarks.md#moe-layer", devices="cpu", training=False)
 def cpu(x_TD: Tensor, dispatch: Dispatch, weights: Weights) -> Tensor:
-    """Inference on a CPU: one compiled pass for a few rows per expert, else cache-sized blocks."""
+    """Inference on a CPU: one compiled pass where there is one, else cache-sized blocks."""
     return best(x_TD, dispatch, weights)
 
 
@@ -67,8 +68,10 @@ def best(x_TD: Tensor, dispatch: Dispatch, weights: Weights, packed: PackedBank 
     """The fastest way for so many rows; without `packed`, weights are packed only within the budget granted."""
     dtype = compute_dtype(x_TD, weights)
     spans = hit_spans(bounds_of(dispatch))
-    if spans and x_TD.device.type == "cpu" and few_rows.fits(weights, dtype, spans):
-        return few_rows.run(x_TD, dispatch, weights, spans)
+    if spans and x_TD.device.type == "cpu":
+        for compiled in (many_rows, few_rows):
+            if compiled.fits(weights, dtype, spans):
+                return compiled.run(x_TD, dispatch, weights, spans)
     return run(x_TD, dispatch, weights.form, packed or packed_for(weights, dtype) or Plain(weights, dtype), spans)
 
 

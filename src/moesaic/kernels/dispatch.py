@@ -11,7 +11,7 @@ from torch import Tensor
 from moesaic.core.errors import BadInput
 from moesaic.core.registry import get
 from moesaic.core.routing import Dispatch
-from moesaic.kernels import few_rows
+from moesaic.kernels import few_rows, many_rows
 from moesaic.kernels.packing import PackedBank, budget_reason
 from moesaic.kernels.slots import dispatch_slots
 from moesaic.kernels.weights import Activation, Form, Weights, compute_dtype
@@ -38,6 +38,8 @@ def choose(x_TD: Tensor, weights: Weights, *, needs_grad: bool | None = None) ->
         )
     if device == "cpu" and not needs_grad:
         dtype = compute_dtype(x_TD, weights)
+        if many_rows.suits(weights, dtype):
+            return Choice("cpu", "inference on a CPU; compiled passes over the weights as stored")
         few = "a compiled pass for a few rows per expert, else " if few_rows.suits(weights, dtype) else ""
         return Choice("cpu", f"inference on a CPU; {few}{budget_reason(weights, dtype)}")
     return Choice("torch", "gradients are needed" if needs_grad else f"no path of its own for {device}")

@@ -64,23 +64,23 @@ def run(x_TD: Tensor, dispatch: Dispatch, weights: Weights, spans: list[Span]) -
 
     The first call on a machine compiles for some seconds; a file cache serves the next process.
     """
-    import numba
-
+    from moesaic.kernels.compiled import pool
     from moesaic.kernels.compiled.swiglu import swiglu
 
-    numba.set_num_threads(max(1, min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS)))
+    pool.join()
     y_TD = torch.zeros(x_TD.shape, dtype=torch.float32)
     swiglu(
         x_TD.detach().float().contiguous().numpy(),
         torch.tensor(spans).numpy(),
         dispatch.token_S.numpy(),
         dispatch.weight_S.detach().float().numpy(),
-        _bits(weights.gate_up),
-        _bits(weights.down),
+        bits(weights.gate_up),
+        bits(weights.down),
         y_TD.numpy(),
     )
     return y_TD.to(x_TD.dtype)
 
 
-def _bits(weight: Tensor) -> Any:
-    return weight.detach().view(torch.uint16).numpy()
+def bits(rows: Tensor) -> Any:
+    """bf16 as NumPy knows it: 16-bit words."""
+    return rows.detach().view(torch.uint16).numpy()

@@ -5,8 +5,6 @@ Shape legend: T tokens, S pairs sorted by expert, P hit experts, E experts, D mo
 
 from __future__ import annotations
 
-from importlib.util import find_spec
-
 import numba
 import numpy as np
 from llvmlite import ir
@@ -15,9 +13,6 @@ from numba.extending import intrinsic
 
 CHUNK = 16
 """Weight rows that one core takes at a time; divides D and I."""
-
-if numba.config.THREADING_LAYER == "default" and find_spec("numba.np.ufunc.omppool"):
-    numba.config.THREADING_LAYER = "omp"  # PyTorch's own pool: two pools would spin against each other
 
 
 @intrinsic
