@@ -11,7 +11,9 @@ COMMANDS = {
     "analyze": "statistics of a routing trace: load, locality, specialisation",
     "train": "train a model from a config file",
     "view": "list a model's experts; --coverage checks every architecture",
+    "replay": "simulate expert caches on a trace, one policy or all",
     "trace": "record which experts every token of a text chooses",
+    "traces": "show, merge, slice and convert routing traces",
     "bench": "measure against peers and the floor",
     "systems": "every method, its paper and its state",
 }

@@ -33,16 +33,18 @@ def row(entry: Entry) -> dict[str, Any]:
         "needs": sorted(entry.needs),
         "causal": entry.causal,
         "tested": TESTED[entry.family],
-        "gpu": entry.facts.get("gpu", "torch ops; not yet run on a GPU"),
+        "gpu": entry.facts.get("gpu", NUMPY if entry.family in ("statistics", "policies") else "torch ops; not yet run on a GPU"),
     }
 
 
+NUMPY = "NumPy, on the CPU"
 TESTED = {
     "routing": "tests/routing, tests/matrix/test_routers.py",
     "experts": "tests/experts, tests/matrix/test_banks.py",
     "balancing": "tests/balancing, tests/matrix/test_balancers.py",
     "layers": "tests/layers",
     "kernels": "tests/kernels",
+    "policies": "tests/trace/policies, tests/matrix/test_policies.py",
     "statistics": "tests/trace/statistics",
 }
 

@@ -23,6 +23,7 @@ FAMILIES = {
     "balancing": "moesaic.balancing",
     "layers": "moesaic.layers",
     "kernels": "moesaic.kernels",
+    "policies": "moesaic.trace.policies",
     "statistics": "moesaic.trace.statistics",
 }
 """Family name -> package whose modules may register methods. A new family is one line here."""

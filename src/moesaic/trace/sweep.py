@@ -1,0 +1,82 @@
+"""Several policies over several cache sizes: one row each, or the reason why a policy cannot be simulated."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from moesaic.core import registry
+from moesaic.core.errors import BadInput
+from moesaic.trace.file import Trace
+from moesaic.trace.hardware import Hardware
+from moesaic.trace.policies.policy import Policy
+from moesaic.trace.replay import replay, shape_of
+
+
+def build(word: str) -> Policy:
+    """A policy of `name` or `name:option=value+option=value`. Raises BadInput naming an option that it does not have."""
+    name, _, options = word.strip().partition(":")
+    entry = registry.get("policies", name)
+    given: dict[str, Any] = {}
+    for part in filter(None, options.split("+")):
+        key, equals, text = part.partition("=")
+        if key not in entry.parameters or not equals:
+            raise BadInput(f"--policy {word!r}: {name} has no option {part!r}; it has {', '.join(entry.parameters) or 'none'}")
+        given[key] = _value(text)
+    return entry.build(**given)
+
+
+def _value(text: str) -> Any:
+    if text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
+
+
+def sweep(
+    trace: Trace,
+    policies: str,
+    capacities: Sequence[int],
+    hardware: Hardware,
+    *,
+    as_decode: bool = False,
+    expert_bytes: int | None = None,
+    resident_bytes: int | None = None,
+    history: Trace | None = None,
+    learn_share: float | None = None,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> list[dict[str, Any]]:
+    """Rows of `moesaic replay --json`, by capacity, then by policy. With `all`, what cannot run has a `reason` instead."""
+    every = policies.strip() == "all"
+    words = [entry.name for entry in registry.entries("policies")] if every else policies.split(",")
+    built = [(word.strip(), build(word)) for word in words if word.strip()]
+    if not built:
+        raise BadInput(f"--policy {policies!r}: name a policy, or all")
+    total = shape_of(trace, expert_bytes).total_bytes
+    rows = []
+    for capacity in capacities:
+        for word, policy in built:
+            say = None if progress is None else lambda done, tokens, word=word: progress(word, done, tokens)  # type: ignore[misc]
+            try:
+                result = replay(trace, policy, capacity, hardware, as_decode=as_decode, expert_bytes=expert_bytes, progress=say)
+                rows.append({**result.row(), "policy": word, "reason": None})
+            except BadInput as error:
+                if not every:
+                    raise
+                rows.append(_refused(word, policy, capacity, total, str(error)))
+    return rows
+
+
+def _refused(word: str, policy: Policy, capacity: int, total: int, reason: str) -> dict[str, Any]:
+    keys = ("hit_rate", "moved_bytes", "stall_seconds", "tokens_per_second")
+    row: dict[str, Any] = {
+        "policy": word,
+        "exact": policy.entry.exact,
+        "cache_bytes": capacity,
+        "cache_share": capacity / total,
+    }
+    return {**row, **dict.fromkeys(keys), "notes": [], "reason": reason}
