@@ -155,9 +155,7 @@ def _show(recorder: Any, out: Path, seconds: float, json: bool) -> None:
     table.add_row("tokens", f"{facts['tokens']:,} in {facts['sequences']:,} sequences, {len(result.domains)} domains")
     table.add_row("choices", f"{facts['choices']:,} at {facts['layers']} layers")
     table.add_row("bytes", f"{facts['file_bytes'] / facts['choices']:.2f} per choice, all columns")
-    table.add_row(
-        "time", f"{seconds:,.1f} s, of which recording {recorder.seconds:,.2f} s ({facts['overhead']:.1%} of the rest)"
-    )
+    table.add_row("time", f"{seconds:,.1f} s; recording took {recorder.seconds:,.2f} s, {facts['overhead']:.1%} of the rest")
     console.print(table)
 
 

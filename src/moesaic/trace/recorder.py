@@ -30,6 +30,9 @@ from moesaic.view import View, view
 from moesaic.view.block import Block
 from moesaic.view.tap import Choice
 
+QUEUED_TOKENS, QUEUED_PASSES = 1 << 14, 256
+"""Finished passes wait until there are so many tokens or passes: one copy from the device for all."""
+
 
 class _Seen(NamedTuple):
     """What one layer did in the pass under way."""
@@ -224,7 +227,7 @@ class Recorder:
                 sizes = dict.fromkeys(current.seen[i].ids_TK.shape[0] for i in layers)
                 for tokens in sizes:  # layers that see other tokens (a tower, pooled positions) are rows of their own
                     self._queue_rows(current, stream, [i for i in layers if current.seen[i].ids_TK.shape[0] == tokens], tokens)
-            if self._queued >= 1 << 14 or self.writer.due or len(self._queue) >= 256:
+            if self._queued >= QUEUED_TOKENS or self.writer.due or len(self._queue) >= QUEUED_PASSES:
                 self._drain()
                 if self.writer.due:
                     self.writer.flush()
