@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from kernel_cases import Case, relative_error
 
 from moesaic.core.routing import Dispatch
 from moesaic.kernels import explain, few_rows, many_rows
@@ -81,6 +82,25 @@ def test_same_bits_for_any_number_of_cores_and_rounds(monkeypatch):
     monkeypatch.setattr(many_rows, "PIECE_BYTES", 1)  # pieces of 24 rows
     monkeypatch.setattr(many_rows, "SCRATCH_BYTES", 1 << 20)
     assert torch.equal(many_rows.run(x, dispatch, weights, spans_of(dispatch)), want)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [{"T": 63}, {"T": 1000, "K": 1}, {"T": 200, "E": 64, "routing": "half the experts"}, {"routing": "one expert"}],
+    ids=str,
+)
+def test_training_gets_the_gradients_of_the_twin(case, monkeypatch):
+    seen = []
+    forward = many_rows.forward
+    monkeypatch.setattr(many_rows, "forward", lambda *given: seen.append(1) or forward(*given))
+    case = Case(D=WIDTH, I=INNER, dtype=torch.bfloat16, **case)
+    want, got = case.run("reference"), case.run("torch")
+    assert seen
+    for name, tensor in want.items():
+        assert got[name].dtype == tensor.dtype
+        assert relative_error(got[name], tensor) <= 1e-2, name
+    again = case.run("torch")
+    assert all(torch.equal(got[name], again[name]) for name in got)
 
 
 def test_gates_far_from_zero():

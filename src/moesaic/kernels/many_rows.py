@@ -65,12 +65,26 @@ def run(x_TD: Tensor, dispatch: Dispatch, weights: Weights, spans: list[Span]) -
 
     The first call on a machine compiles for some seconds; a file cache serves the next process.
     """
+    return forward(x_TD, dispatch.token_S, dispatch.weight_S, weights.gate_up, weights.down, spans)
+
+
+def forward(
+    x_TD: Tensor,
+    token_S: Tensor,
+    weight_S: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    spans: list[Span],
+    h_SH: Tensor | None = None,
+) -> Tensor:
+    """`run`, which also leaves the first product in `h_SH` (bf16) where a backward pass will want it."""
     from moesaic.kernels.compiled import many, pool
 
     cores = pool.join()
-    width, inner = weights.model_width, weights.inner_width
+    width, inner = down.shape[1:]
+    if h_SH is None:
+        h_SH = gate_up.new_empty(0, 2 * inner)
     x_TD_bits = few_rows.bits(x_TD.to(torch.bfloat16).contiguous())
-    weight_S = dispatch.weight_S.detach().float().numpy()
     y_TD = scratch("many_y", x_TD.shape[0], width, torch.float32).zero_()
     most = max(24, PIECE_BYTES // (2 * max(width, inner)) // 24 * 24)
     for pieces in _rounds(spans, most, SCRATCH_BYTES // (16 * (width + inner))):
@@ -79,14 +93,15 @@ def run(x_TD: Tensor, dispatch: Dispatch, weights: Weights, spans: list[Span]) -
         many.swiglu(
             x_TD_bits.view("uint64"),
             torch.tensor(pieces).numpy(),
-            dispatch.token_S.numpy(),
-            weight_S,
-            few_rows.bits(weights.gate_up),
-            few_rows.bits(weights.down),
+            token_S.numpy(),
+            weight_S.detach().float().numpy(),
+            few_rows.bits(gate_up),
+            few_rows.bits(down),
             x_GD.view("uint64"),
             x_GD,
             few_rows.bits(scratch("many_a", groups, 8 * inner, torch.bfloat16)),
             scratch("many_sums", cores * many.BAND, most // 8 * 64, torch.float32).view(cores, many.BAND, -1, 64).numpy(),
+            few_rows.bits(h_SH),
             y_TD.numpy(),
         )
     return y_TD.to(x_TD.dtype, copy=True)

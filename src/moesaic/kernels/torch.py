@@ -17,7 +17,7 @@ from torch.nn.functional import silu
 
 from moesaic.core.registry import register
 from moesaic.core.routing import Dispatch
-from moesaic.kernels import products
+from moesaic.kernels import many_rows, products
 from moesaic.kernels.combine import TokenOrder, sum_per_token
 from moesaic.kernels.products import blocks, hit_spans
 from moesaic.kernels.slots import bounds_of
@@ -26,19 +26,21 @@ from moesaic.kernels.weights import Weights, compute_dtype
 
 class _SwiGLU(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x_TD, weight_S, gate_up_EHD, down_EDI, gate_up_bias, down_bias, token_S, spans, dtype):
+    def forward(ctx: Any, x_TD, weight_S, gate_up_EHD, down_EDI, gate_up_bias, down_bias, token_S, spans, dtype, compiled):
         order = TokenOrder.of(token_S, x_TD.shape[0])
         x_cast_TD = x_TD.to(dtype)
         pairs = token_S.numel()
         h_SH = x_cast_TD.new_empty(pairs, gate_up_EHD.shape[1])
+        ctx.spans, ctx.dtype = spans, dtype
+        ctx.save_for_backward(x_TD, weight_S, gate_up_EHD, down_EDI, gate_up_bias, down_bias, token_S, h_SH, *order)
+        if compiled:
+            return many_rows.forward(x_TD, token_S, weight_S, gate_up_EHD, down_EDI, spans, h_SH)
         y_SD = x_cast_TD.new_empty(pairs, x_TD.shape[1])
         for block in blocks(spans, x_TD.device):
             here = slice(block[0][1], block[-1][2])
             x_sD = x_cast_TD.index_select(0, token_S[here])
             gate_sI, up_sI = products.rows_by_weight(x_sD, gate_up_EHD, gate_up_bias, block, h_SH[here]).chunk(2, dim=1)
             products.rows_by_weight(silu(gate_sI).mul_(up_sI), down_EDI, down_bias, block, y_SD[here])
-        ctx.save_for_backward(x_TD, weight_S, gate_up_EHD, down_EDI, gate_up_bias, down_bias, token_S, h_SH, *order)
-        ctx.spans, ctx.dtype = spans, dtype
         return sum_per_token(y_SD, weight_S, order, x_TD.dtype)
 
     @staticmethod
@@ -88,7 +90,7 @@ class _SwiGLU(torch.autograd.Function):
             if d_gate_up_bias is not None:
                 products.put_grad_of_bias(d_gate_up_bias, dh_sH, block)
         d_x = None if dx_SD is None else sum_per_token(dx_SD, None, TokenOrder(*order), x_TD.dtype)
-        return d_x, d_weight, d_gate_up, d_down, d_gate_up_bias, d_down_bias, None, None, None
+        return d_x, d_weight, d_gate_up, d_down, d_gate_up_bias, d_down_bias, None, None, None, None
 
 
 class _Product(torch.autograd.Function):
@@ -161,6 +163,7 @@ def torch_path(x_TD: Tensor, dispatch: Dispatch, weights: Weights) -> Tensor:
                 dispatch.token_S,
                 spans,
                 dtype,
+                x_TD.device.type == "cpu" and bool(spans) and many_rows.fits(weights, dtype, spans),
             )
         order = TokenOrder.of(dispatch.token_S, dispatch.tokens)
         x_SD = _Gather.apply(x_TD.to(dtype), dispatch.token_S, *order)

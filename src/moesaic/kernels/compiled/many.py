@@ -12,7 +12,7 @@ import numpy as np
 from moesaic.kernels.compiled.tile import GROUP, tile1, tile2, tile3
 
 BAND = 8
-"""Tiles whose outputs are added to a token at once: 64 columns, whole cache lines."""
+"""Tiles whose outputs are put into a pair's or a token's row at once: whole cache lines."""
 
 _compiled = numba.njit(fastmath={"contract"}, error_model="numpy")
 
@@ -35,9 +35,16 @@ def _tiles(rows_GA, groups, first_4A, second_4A, ahead, out_G64):
 
 
 @_compiled
+def _rounded(value):
+    """fp32 to bf16, to nearest even."""
+    bits = np.float32(value).view(np.uint32)
+    return np.uint16((bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16))
+
+
+@_compiled
 def _activate(sums_64, a_32):
-    """bf16 of silu(gate) * up; the sums hold 32 gates, then 32 ups. exp is 2^n times a polynomial, to fp32's last bits: a
-    call of the library's would keep the loop from becoming vector instructions."""
+    """silu(gate) * up; the sums hold 32 gates, then 32 ups. exp is 2^n times a polynomial, to fp32's last bits: a call of
+    the library's would keep the loop from becoming vector instructions."""
     for i in range(32):
         gate = sums_64[i]
         power = min(max(gate * np.float32(-1.4426950408889634), np.float32(-126)), np.float32(126))
@@ -51,8 +58,7 @@ def _activate(sums_64, a_32):
         root = root * part + np.float32(0.6931471805599453)
         root = root * part + np.float32(1)
         scale = np.int32((np.int32(whole) + np.int32(127)) << np.int32(23)).view(np.float32)
-        bits = np.float32(sums_64[i + 32] * gate / (np.float32(1) + root * scale)).view(np.uint32)
-        a_32[i] = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
+        a_32[i] = _rounded(sums_64[i + 32] * gate / (np.float32(1) + root * scale))
 
 
 @_compiled
@@ -73,16 +79,28 @@ def _pack(part, parts, x_TQ, pieces_P4, token_S, x_GQ):
 
 
 @_compiled
-def _inner(part, parts, pieces_P4, gate_up_EHD, x_GD, a_GI, sums_G64):
-    """One core's inner columns of every pair, packed as the rows were."""
+def _inner(part, parts, pieces_P4, gate_up_EHD, x_GD, a_GI, h_SH, sums_BG64):
+    """One core's inner columns of every pair, packed as the rows were; and h, if there is room for it."""
     inner, width = gate_up_EHD.shape[1] // 2, gate_up_EHD.shape[2]
+    stop = inner // 4 * (part + 1) // parts * 4
     for expert, start, end, at in pieces_P4:
         groups = (end - start + GROUP - 1) // GROUP
-        for i in range(inner // 4 * part // parts * 4, inner // 4 * (part + 1) // parts * 4, 4):
-            gate_4D, up_4D = gate_up_EHD[expert, i : i + 4], gate_up_EHD[expert, inner + i : inner + i + 4]
-            _tiles(x_GD[at:], groups, gate_4D, up_4D, 8 * width, sums_G64)
-            for g in range(groups):
-                _activate(sums_G64[g], a_GI[at + g, GROUP * i : GROUP * (i + 4)])
+        for low in range(inner // 4 * part // parts * 4, stop, 4 * BAND):
+            tiles = min(BAND, (stop - low) // 4)
+            for b in range(tiles):
+                i = low + 4 * b
+                gate_4D, up_4D = gate_up_EHD[expert, i : i + 4], gate_up_EHD[expert, inner + i : inner + i + 4]
+                _tiles(x_GD[at:], groups, gate_4D, up_4D, 8 * width, sums_BG64[b])
+                for g in range(groups):
+                    _activate(sums_BG64[b, g], a_GI[at + g, GROUP * i : GROUP * (i + 4)])
+            for s in range(start, min(end, h_SH.shape[0])):
+                gate_I, up_I = h_SH[s, low:], h_SH[s, inner + low :]
+                g, r = (s - start) // GROUP, (s - start) % GROUP
+                for b in range(tiles):
+                    for i in range(4):
+                        gate_I[4 * b + i] = _rounded(sums_BG64[b, g, 4 * r + i])
+                    for i in range(4):
+                        up_I[4 * b + i] = _rounded(sums_BG64[b, g, 4 * r + 32 + i])
 
 
 @_compiled
@@ -111,13 +129,13 @@ def _outer(part, parts, pieces_P4, token_S, weight_S, down_EDI, a_GI, y_TD, sums
 
 
 @numba.njit(parallel=True, error_model="numpy", cache=True)
-def swiglu(x_TQ, pieces_P4, token_S, weight_S, gate_up_EHD, down_EDI, x_GQ, x_GD, a_GI, sums_CBG64, y_TD):
+def swiglu(x_TQ, pieces_P4, token_S, weight_S, gate_up_EHD, down_EDI, x_GQ, x_GD, a_GI, sums_CBG64, h_SH, y_TD):
     """Add to y the weighted outputs of every pair. `pieces_P4` rows are (expert, first pair, end pair, first group);
-    `x_TQ` and `x_GQ` are 64-bit views of bf16 rows, and there is a block of sums for every core."""
+    `x_TQ` and `x_GQ` are 64-bit views of bf16 rows, there is a block of sums for every core, and h may have no rows."""
     parts = sums_CBG64.shape[0]
     for part in numba.prange(parts):
         _pack(part, parts, x_TQ, pieces_P4, token_S, x_GQ)
     for part in numba.prange(parts):
-        _inner(part, parts, pieces_P4, gate_up_EHD, x_GD, a_GI, sums_CBG64[part, 0])
+        _inner(part, parts, pieces_P4, gate_up_EHD, x_GD, a_GI, h_SH, sums_CBG64[part])
     for part in numba.prange(parts):
         _outer(part, parts, pieces_P4, token_S, weight_S, down_EDI, a_GI, y_TD, sums_CBG64[part])
