@@ -38,11 +38,15 @@ def analyze(
     other = open_trace(against).check() if against else None
     options = {"resamples": resamples, "seed": seed, "by_domain": by_domain}
     with progress_console.status("reading the trace") as status:
-        found, skipped = {}, {}
+        found: dict[str, Any] = {}
+        skipped: dict[str, str] = {}
         for name in names:
             status.update(f"measuring {name}")
             result = measure(name, trace, other, options, required=bool(only))
-            (skipped if isinstance(result, str) else found)[name] = result
+            if isinstance(result, str):
+                skipped[name] = result
+            else:
+                found[name] = result
     seconds = time.perf_counter() - started
     if json:
         emit(document(trace, found, skipped, seconds))

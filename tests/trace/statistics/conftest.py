@@ -9,7 +9,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from awkward_traces import TRACES  # noqa: E402
+from awkward_traces import TRACES
 
 
 @pytest.fixture(params=list(TRACES))

@@ -83,7 +83,7 @@ def test_the_bound_holds_and_predicting_everything_reaches_it(awkward):
 
 def test_random_routing_is_above_the_bound_and_is_the_null():
     assert independent(16, 2 / 16, 16) == pytest.approx(0.319, abs=0.003)
-    assert 2 * (2 / 16) / (1 + 2 / 16) == pytest.approx(0.222, abs=1e-3)
+    assert pytest.approx(0.222, abs=1e-3) == 2 * (2 / 16) / (1 + 2 / 16)
     rng = np.random.default_rng(0)
     found = srp(from_arrays(sets(40_000, 1, 16, 2, rng), 16, lengths=[400] * 100), windows=[16])
     assert found.srp_LM[0, 0] == pytest.approx(independent(16, 2 / 16, 16), abs=0.003)
@@ -134,7 +134,7 @@ def test_domains_are_pooled_apart_and_blocks_do_not_matter(monkeypatch):
 
     rng = np.random.default_rng(3)
     local, loose = np.repeat(sets(10, 2, 8, 2, rng), 30, axis=0), sets(300, 2, 8, 2, rng)
-    header = dict(domain_S=[0] * 3 + [1] * 3, domains=("local", "loose"))
+    header = {"domain_S": [0] * 3 + [1] * 3, "domains": ("local", "loose")}
     trace = from_arrays(np.concatenate([local, loose]), 8, lengths=[100] * 6, **header)
     found = srp(trace, windows=[8])
     assert found.domain_ZDM[0, 0, 0] > 0.9 > 0.6 > found.domain_ZDM[0, 1, 0]

@@ -55,3 +55,59 @@ def slide(experts_tLK, experts_L, starts_s1, own_sL, unit_s, window, by_unit_ULF
             for e in range(experts_L[l]):
                 unit[f_E[e]] += windows - since_E[e]
                 own[e, f_E[e]] += windows - since_E[e]
+
+
+@compiled
+def favourites(experts_tLK, starts_s1, own_sL, window, sizes_LC, kept_LC, all_L):
+    """Add up, over a block's windows, the choices of each window's c most used experts, and all its choices.
+
+    Args:
+        sizes_LC: c for every layer. kept_LC, all_L: the sums.
+
+    With N(v) experts at f >= v, the c largest f add up to the sum over v of min(c, N(v)): one step of f changes one N.
+    """
+    layers, slots = experts_tLK.shape[1], experts_tLK.shape[2]
+    sizes = sizes_LC.shape[1]
+    most = 0
+    for t in range(experts_tLK.shape[0]):
+        for l in range(layers):
+            for k in range(slots):
+                most = max(most, experts_tLK[t, l, k])
+    f_E = np.zeros(most + 1, np.int64)
+    at_least = np.zeros(window + 2, np.int64)
+    kept_C = np.zeros(sizes, np.int64)
+    for s in range(len(starts_s1) - 1):
+        first, stop = starts_s1[s], starts_s1[s + 1]
+        if stop - first < window:
+            continue
+        for l in range(layers):
+            if not own_sL[s, l]:
+                continue
+            f_E[:] = 0
+            at_least[:] = 0
+            kept_C[:] = 0
+            active = 0
+            for t in range(first, stop):
+                for k in range(slots):
+                    e = experts_tLK[t, l, k]
+                    if e >= 0:
+                        f_E[e] += 1
+                        active += 1
+                        at_least[f_E[e]] += 1
+                        for c in range(sizes):
+                            if at_least[f_E[e]] <= sizes_LC[l, c]:
+                                kept_C[c] += 1
+                if t - first >= window:
+                    for k in range(slots):
+                        e = experts_tLK[t - window, l, k]
+                        if e >= 0:
+                            for c in range(sizes):
+                                if at_least[f_E[e]] <= sizes_LC[l, c]:
+                                    kept_C[c] -= 1
+                            at_least[f_E[e]] -= 1
+                            f_E[e] -= 1
+                            active -= 1
+                if t - first >= window - 1:
+                    all_L[l] += active
+                    for c in range(sizes):
+                        kept_LC[l, c] += kept_C[c]
