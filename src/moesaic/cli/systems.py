@@ -33,11 +33,12 @@ def row(entry: Entry) -> dict[str, Any]:
         "needs": sorted(entry.needs),
         "causal": entry.causal,
         "tested": TESTED[entry.family],
-        "gpu": entry.facts.get("gpu", NUMPY if entry.family in ("statistics", "policies") else "torch ops; not yet run on a GPU"),
+        "gpu": entry.facts.get("gpu", GPU.get(entry.family, "torch ops; not yet run on a GPU")),
     }
 
 
-NUMPY = "NumPy, on the CPU"
+GPU = {"statistics": "NumPy, on the CPU", "policies": "NumPy, on the CPU"}
+"""What holds for a whole family that says nothing by method."""
 TESTED = {
     "routing": "tests/routing, tests/matrix/test_routers.py",
     "experts": "tests/experts, tests/matrix/test_banks.py",

@@ -47,11 +47,12 @@ def sequences(trace: Trace, tokens: int = 1 << 14) -> Iterator[Rows]:
     while first < len(starts) - 1:
         stop = max(int(np.searchsorted(starts, starts[first] + tokens, "right")) - 1, first + 1)
         rows = slice(int(starts[first]), int(starts[stop]))
-        yield Rows(slice(first, stop), rows, starts[first : stop + 1] - starts[first], _ids(trace, rows))
+        yield Rows(slice(first, stop), rows, starts[first : stop + 1] - starts[first], ids(trace, rows))
         first = stop
 
 
-def _ids(trace: Trace, rows: slice) -> np.ndarray:
+def ids(trace: Trace, rows: slice | np.ndarray) -> np.ndarray:
+    """Choices [t, L, K] of these rows as int32, -1 for an empty slot."""
     block = np.asarray(trace.experts_TLK[rows])
     return np.where(block == trace.empty, np.int32(-1), block.astype(np.int32))
 
@@ -65,6 +66,12 @@ def distinct(experts_tLK: np.ndarray) -> np.ndarray:
             out = out.copy() if out is experts_tLK else out
             out[..., i][twice] = -1
     return out
+
+
+def per_sequence(values_t: np.ndarray, starts_s1: np.ndarray) -> np.ndarray:
+    """Sums over the rows of each sequence of a block (which may have none): [t, ...] to [s, ...]."""
+    running = np.concatenate([np.zeros((1, *values_t.shape[1:]), values_t.dtype), np.cumsum(values_t, 0)])
+    return np.diff(running[starts_s1], axis=0)
 
 
 def own_SL(trace: Trace) -> np.ndarray:
