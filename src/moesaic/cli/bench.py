@@ -116,6 +116,62 @@ def machine(
         console.print(f"kept in {path}")
 
 
+@app.command("trace")
+def trace(
+    cases: Annotated[str, typer.Option(help="Models: bundled, k8 (generated, 64 experts, 8 per token).")] = "bundled,k8",
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    threads: Annotated[int | None, typer.Option(help="CPU threads.")] = None,
+    rounds: Annotated[int, typer.Option(help="Rounds of each case, at most.")] = 30,
+    seconds: Annotated[float, typer.Option(help="Time for each case, about.")] = 20.0,
+    out: Annotated[Path | None, typer.Option(help="Also write the JSON to this file.")] = None,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Recording routing: overhead of the forward pass, bytes per choice beside JSON lines, time to open 10^8 choices."""
+    import torch
+
+    from moesaic.bench import trace as bench
+    from moesaic.cli.loading import quiet_transformers
+
+    if threads:
+        torch.set_num_threads(threads)
+    quiet_transformers()
+    with progress_console.status("") as status:
+        result = bench.run(
+            bench.Options(rounds, seconds, device, _words(cases)), lambda text: status.update(f"bench trace: {text}")
+        )
+    if out:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json_module.dumps(result, indent=1) + "\n")
+    if json:
+        emit(result)
+    else:
+        _show_trace(result)
+
+
+def _show_trace(result: dict[str, Any]) -> None:
+    header = result["machine"]
+    console.print(f"{header['cpu']}, {header['threads']} threads; torch {header['torch']}; load {header['load_before']}")
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    table.add_column("")
+    for name in ("ms", "spread", "overhead", "B/choice", "JSON"):
+        table.add_column(name, justify="right", no_wrap=True)
+    case = None
+    for row in result["rows"]:
+        if case != (case := ", ".join(str(row[key]) for key in ("model", "case") if row[key])):
+            table.add_section()
+            table.add_row(f"[bold]{case}[/bold]")
+        table.add_row(
+            row["impl"],
+            "" if row["seconds"] is None else f"{row['seconds'] * 1e3:,.1f}",
+            f"{row['spread']:.1%}" if "spread" in row else "",
+            f"{row['overhead']:+.1%}" if "overhead" in row else "",
+            f"{row['bytes_per_choice']:.2f}" if "bytes_per_choice" in row else "",
+            f"{row['smaller_than_jsonl']:.1f}x" if "smaller_than_jsonl" in row else "",
+        )
+    console.print(table)
+
+
 def _arguments(options: Any, threads: int | None) -> list[str]:
     """The command line that repeats these options elsewhere."""
     given = {

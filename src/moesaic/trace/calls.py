@@ -21,7 +21,7 @@ class Call(NamedTuple):
 
     tokens_BN: Tensor | None
     mask_BN: Tensor | None
-    """True where a token is real; None where all are."""
+    """Not 0 where a token is real; None where all are."""
     positions_BN: Tensor | None
     """Positions as given by the caller; several sequences packed in one row show as jumps."""
     cache: Any
@@ -109,7 +109,7 @@ def _mask(mask: Any, shape: Any) -> Tensor | None:
     """The part of an attention mask [B, seen so far] that is about the new tokens."""
     if not isinstance(mask, Tensor) or mask.dim() != 2 or shape is None or mask.shape[1] < shape[1]:
         return None
-    return mask[:, -shape[1] :] != 0
+    return mask[:, -shape[1] :]
 
 
 def _cached_tokens(cache: Any) -> int:

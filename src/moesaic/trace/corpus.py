@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from moesaic.core.documents import Document
 from moesaic.core.errors import BadInput
@@ -63,11 +64,9 @@ def batches(found: list[Piece], size: int, pad: int, first: int = 0) -> Iterator
             done = at + start + len(some)
             if done <= first:
                 continue
-            ids_BN = torch.full((len(some), len(some[0].ids)), pad)
-            mask_BN = torch.zeros_like(ids_BN)
-            for ids_N, mask_N, piece in zip(ids_BN, mask_BN, some, strict=True):
-                ids_N[: len(piece.ids)] = torch.tensor(piece.ids)
-                mask_N[: len(piece.ids)] = 1
+            rows = [torch.tensor(piece.ids) for piece in some]
+            ids_BN = pad_sequence(rows, batch_first=True, padding_value=pad)
+            mask_BN = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
             yield Batch(ids_BN, mask_BN, [piece.domain for piece in some], done)
 
 
@@ -90,7 +89,7 @@ def batch_size(model: Any, context: int) -> int:
 
 def forward(model: Any, ids_BN: Tensor, mask_BN: Tensor) -> Any:
     """One pass without cache and, where the model allows it, without the output head."""
-    spare = {"logits_to_keep": 1} if _keeps_logits(model) else {}
+    spare: dict[str, Any] = {"logits_to_keep": 1} if _keeps_logits(model) else {}
     if model.config.is_encoder_decoder:
         spare["decoder_input_ids"] = ids_BN
         spare["decoder_attention_mask"] = mask_BN

@@ -122,7 +122,7 @@ class Recorder:
     def __enter__(self) -> Recorder:
         self._hooks.enter_context(calls.watch_calls(self.model, self._before, self._after))
         for i, block in enumerate(self.view):
-            self._hooks.enter_context(block.on_choice(self._watcher(i)))
+            self._hooks.enter_context(block.on_choice(self._watcher(i), scores=self.keep_logits))
         return self
 
     def __exit__(self, failed: object, *_: object) -> None:
@@ -239,14 +239,9 @@ class Recorder:
         if call is not None:
             call = call.part(call.decoder_tokens_BN is not None and "decoder" in stream)
         shaped = call is not None and call.tokens_BN is not None and call.tokens_BN.numel() == tokens
-        sequence_T, kept_T = self._number(current, call if shaped else None, stream, tokens)
+        call = call if shaped else None
+        numbers, new = self._number(current, call, stream, tokens)
         count, device = len(self.header.layers), seen[0].ids_TK.device
-        ids_LTK = torch.stack([widened(one.ids_TK, self._slots, -1) for one in seen]).to(self._torch_dtype)
-        whole = len(layers) == count
-        if not whole:
-            ids_LTK = torch.full((count, *ids_LTK.shape[1:]), -1, device=device).to(self._torch_dtype).index_copy_(
-                0, torch.tensor(layers, device=device), ids_LTK
-            )  # fmt: skip
 
         def column(parts: Sequence[Tensor | None], empty: float) -> Tensor | None:
             some = next((part for part in parts if part is not None), None)
@@ -258,55 +253,58 @@ class Recorder:
             filled = (by_layer.get(i) for i in range(count))
             return torch.stack([blank if part is None else widened(part, widest, empty) for part in filled])
 
-        shaped_call = call if shaped else None
+        ids_LTK = torch.stack([widened(one.ids_TK, self._slots, -1) for one in seen]).to(self._torch_dtype)
+        weights_LTK = None
+        if self.keep_weights:
+            weights_LTK = torch.stack([widened(one.weights_TK, self._slots, 0) for one in seen]).half()
+        if len(layers) < count:
+            ids_LTK = torch.full((count, *ids_LTK.shape[1:]), -1, device=device).to(self._torch_dtype).index_copy_(
+                0, torch.tensor(layers, device=device), ids_LTK
+            )  # fmt: skip
+            weights_LTK = column(list(weights_LTK), 0) if weights_LTK is not None else None
+
         self._queue.append(
             Passed(
                 ids_LTK,
-                column([widened(one.weights_TK, self._slots, 0).half() for one in seen], 0) if self.keep_weights else None,
+                weights_LTK,
                 column([one.logits_TE for one in seen], float("-inf")) if self.keep_logits else None,
                 column([one.ahead_TAM for one in seen], -1) if self.lookahead else None,
                 column([one.hidden_HD for one in seen], 0) if self.hidden else None,
                 current.sampled.get(tokens),
-                None if shaped_call is None or shaped_call.tokens_BN is None else shaped_call.tokens_BN.reshape(-1),
-                kept_T,
-                sequence_T,
+                None if call is None else call.tokens_BN,
+                None if call is None else call.mask_BN,
+                None if new else self._pad,
+                numbers,
                 current.step,
             )
         )
         self._queued += tokens
 
-    def _number(self, current: _Pass, call: calls.Call | None, stream: str, tokens: int) -> tuple[np.ndarray, Tensor | None]:
-        """Sequence of every row of a pass, and which rows are real."""
+    def _number(self, current: _Pass, call: calls.Call | None, stream: str, tokens: int) -> tuple[range | np.ndarray, bool]:
+        """Sequences of a pass, one per row of the batch or one per token, and whether they begin with it."""
         number = self.streams.index(stream)
         if call is None or call.tokens_BN is None:
-            numbers = self._sequences.new(1)
-            self.writer.begin(numbers[0], self._domain_of(0), number)
-            return np.full(tokens, numbers[0]), None
-        rows, length = call.tokens_BN.shape
-        numbers, new = self._sequences.rows(call, stream, rows)
+            one = self._sequences.new(1)
+            self.writer.begin(one[0], self._domain_of(0), number)
+            return one, True
+        numbers, new = self._sequences.rows(call, stream, call.tokens_BN.shape[0])
         current.numbers[stream] = numbers
-        kept_BN = call.mask_BN
-        if not new and self._pad is not None:  # rows whose answer has ended are fed padding that the mask does not show
-            real_BN = call.tokens_BN != self._pad
-            kept_BN = real_BN if kept_BN is None else kept_BN & real_BN
-        sequence_BN = np.repeat(np.fromiter(numbers, np.int64), length)
         if new:
             for b, n in enumerate(numbers):
                 self.writer.begin(n, self._domain_of(b), number)
             if call.positions_BN is not None and call.positions_BN.shape == call.tokens_BN.shape:
-                sequence_BN = self._split_packed(call, kept_BN, sequence_BN, number)
-        return sequence_BN, None if kept_BN is None else kept_BN.reshape(-1)
+                return self._split_packed(call.positions_BN, call.mask_BN, numbers, number), True
+        return numbers, new
 
-    def _split_packed(self, call: calls.Call, kept_BN: Tensor | None, sequence_T: np.ndarray, stream: int) -> np.ndarray:
+    def _split_packed(self, positions_BN: Tensor, mask_BN: Tensor | None, numbers: range, stream: int) -> range | np.ndarray:
         """Several sequences packed in one row show as positions that begin again."""
-        assert call.positions_BN is not None
-        positions = call.positions_BN.cpu().numpy()
-        kept = np.ones(positions.shape, bool) if kept_BN is None else kept_BN.cpu().numpy()
+        positions = positions_BN.cpu().numpy()
+        kept = np.ones(positions.shape, bool) if mask_BN is None else mask_BN.cpu().numpy() != 0
         again = np.zeros(positions.shape, bool)
         again[:, 1:] = (positions[:, 1:] <= positions[:, :-1]) & kept[:, 1:] & kept[:, :-1]
         if not again.any():
-            return sequence_T
-        sequence_BN = sequence_T.reshape(positions.shape).copy()
+            return numbers
+        sequence_BN = np.repeat(np.array(numbers)[:, None], positions.shape[1], 1)
         for b, n in np.argwhere(again):
             number = self._sequences.new(1)[0]
             self.writer.begin(number, self._domain_of(int(b)), stream)

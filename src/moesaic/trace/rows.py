@@ -30,10 +30,18 @@ class Passed(NamedTuple):
     ahead_LTAM: Tensor | None
     hidden_LHD: Tensor | None
     sampled_H: Tensor | None
-    tokens_T: Tensor | None
-    mask_T: Tensor | None
-    sequence_T: np.ndarray
+    tokens_BN: Tensor | None
+    mask_BN: Tensor | None
+    """As the caller gave it: 0 is padding."""
+    ended_by: int | None
+    """Rows whose answer has ended are fed this token, which the mask does not show as padding."""
+    numbers: range | np.ndarray
+    """Sequences: one per row of the batch, or one per token."""
     step: int
+
+    @property
+    def sequence_T(self) -> np.ndarray:
+        return np.repeat(np.array(self.numbers), self.ids_LTK.shape[1] // len(self.numbers))
 
 
 class Rows:
@@ -63,12 +71,8 @@ class Rows:
         step_T = np.repeat([one.step for one in queue], sizes)
         if "hidden" in self.kept:
             _add_hidden(columns, queue, sizes)
-        if any(one.mask_T is not None for one in queue):
-            masks = [
-                torch.ones(int(n), dtype=torch.bool) if q.mask_T is None else q.mask_T
-                for q, n in zip(queue, sizes, strict=True)
-            ]
-            kept_T = torch.cat([mask.cpu() for mask in masks]).numpy()
+        kept_T = _real(queue, sizes, columns["tokens"])
+        if not kept_T.all():
             if "hidden" in columns:
                 stays_H = kept_T[columns["hidden_rows"]]
                 columns["hidden"] = columns["hidden"][stays_H]
@@ -86,9 +90,19 @@ class Rows:
         return _numpy(filled)
 
     def _tokens(self, one: Passed) -> np.ndarray:
-        if one.tokens_T is None:
-            return np.full(len(one.sequence_T), UNKNOWN[self.token_dtype], self.token_dtype)
-        return one.tokens_T.cpu().numpy().astype(self.token_dtype)
+        if one.tokens_BN is None:
+            return np.full(one.ids_LTK.shape[1], UNKNOWN[self.token_dtype], self.token_dtype)
+        return one.tokens_BN.reshape(-1).cpu().numpy().astype(self.token_dtype)
+
+
+def _real(queue: list[Passed], sizes: np.ndarray, tokens_T: np.ndarray) -> np.ndarray:
+    """Which rows are no padding."""
+    masks = [torch.ones(1, int(n)) if one.mask_BN is None else one.mask_BN for one, n in zip(queue, sizes, strict=True)]
+    kept_T = torch.cat([mask.reshape(-1).cpu() != 0 for mask in masks]).numpy()
+    if any(one.ended_by is not None for one in queue):
+        pads = [-1 if one.ended_by is None else one.ended_by for one in queue]
+        kept_T &= tokens_T.astype(np.int64) != np.repeat(pads, sizes)
+    return kept_T
 
 
 def _add_hidden(columns: segments.Columns, queue: list[Passed], sizes: np.ndarray) -> None:

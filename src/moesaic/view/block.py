@@ -159,9 +159,12 @@ class Block:
         """Call fn(x_TD, routing, y_TD, block) after the experts ran; a tensor that it returns replaces y."""
         return self._tap.listen(self._tap.expert_listeners, fn)
 
-    def on_choice(self, fn: Callable[[tap.Choice, Block], None]) -> tap.Handle:
-        """Call fn(choice, block) before the experts run, after every policy and hook: the cheap way only to watch."""
-        return self._tap.listen(self._tap.watchers, fn)
+    def on_choice(self, fn: Callable[[tap.Choice, Block], None], scores: bool = False) -> tap.Handle:
+        """Call fn(choice, block) before the experts run, after every policy and hook: the cheap way only to watch.
+
+        `scores` also brings what the router returned, which `logits` reads.
+        """
+        return self._tap.listen(self._tap.watchers, fn, light=not scores)
 
     def logits(self, choice: tap.Choice) -> Tensor | None:
         """Router scores [T, E] of a watched choice; None where the router returns none."""

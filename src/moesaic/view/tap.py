@@ -101,38 +101,48 @@ class Tap:
         self.route_listeners: list[Callable] = []
         self.expert_listeners: list[Callable] = []
         self.watchers: list[Callable] = []
-        self.users = 0
+        self.users = self.light_users = 0
         self.scores: str | None = None
+        self._entry: RemovableHandle | None = None
         self._handles: list[RemovableHandle] = []
 
-    def acquire(self) -> None:
+    def acquire(self, light: bool = False) -> None:
+        """Put the hooks on; who only looks at choices (`light`) needs none on the router and none after the experts."""
         with _lock:
+            experts, router = self.block.experts, self.block.router
+            if self._entry is None:
+                self._entry = experts.register_forward_pre_hook(self._before_experts, with_kwargs=True)
+            if light:
+                self.light_users += 1
+                return
             self.users += 1
             if self.users > 1:
                 return
-            experts, router = self.block.experts, self.block.router
-            self._handles = [
-                experts.register_forward_pre_hook(self._before_experts, with_kwargs=True),
-                experts.register_forward_hook(self._after_experts, with_kwargs=True),
-            ]
+            self._handles = [experts.register_forward_hook(self._after_experts, with_kwargs=True)]
             if router is not None:
                 self._handles.append(router.register_forward_hook(self._after_router, with_kwargs=True))
 
-    def release(self) -> None:
+    def release(self, light: bool = False) -> None:
         with _lock:
-            self.users -= 1
+            if light:
+                self.light_users -= 1
+            else:
+                self.users -= 1
             if self.users == 0:
                 for handle in self._handles:
                     handle.remove()
                 self._handles = []
+                if self.light_users == 0 and self._entry is not None:
+                    self._entry.remove()
+                    self._entry = None
 
-    def listen(self, listeners: list[Callable], fn: Callable) -> Handle:
-        self.acquire()
+    def listen(self, listeners: list[Callable], fn: Callable, light: bool = False) -> Handle:
+        self.acquire(light)
         listeners.append(fn)
 
         def undo() -> None:
             listeners.remove(fn)
-            self.release()
+            self.release(light)
 
         return Handle(undo)
 
