@@ -27,12 +27,16 @@ def replay(
     as_decode: Annotated[
         bool, typer.Option("--as-decode", help="One token per pass, sequence by sequence, though recorded in longer passes.")
     ] = False,
+    batch: Annotated[int, typer.Option(help="So many requests at a time, together; 0: as recorded.")] = 0,
     expert_bytes: Annotated[str | None, typer.Option(help="Pretend that an expert has this size, such as 6MiB.")] = None,
     learn_from: Annotated[
         Path | None, typer.Option(help="Trace from which policies that learn do; default: --learn-share.")
     ] = None,
     learn_share: Annotated[
-        float | None, typer.Option(help="Share of the sequences to learn from, which is then not replayed. Default 0.2.")
+        float | None,
+        typer.Option(
+            help="Share to learn from, then not replayed (default 0.2 if a policy learns; 1: learn from what is replayed)."
+        ),
     ] = None,
     hardware: Annotated[
         str | None,
@@ -54,8 +58,12 @@ def replay(
     from moesaic.trace.replay import shape_of
     from moesaic.trace.sweep import sweep
 
-    if learn_share is not None and not 0 < learn_share < 1:
+    if learn_share is not None and not 0 <= learn_share <= 1:
         raise BadInput(f"--learn-share {learn_share}: must be between 0 and 1")
+    if learn_share is not None and learn_from is not None:
+        raise BadInput(f"--learn-share {learn_share} and --learn-from {learn_from}: choose one")
+    if batch < 0:
+        raise BadInput(f"--batch {batch}: must be 0 or more")
     trace = open_trace(file).check()
     size = None if expert_bytes is None else parse_bytes(expert_bytes, "--expert-bytes")
     if size is not None and size < 1:
@@ -81,9 +89,10 @@ def replay(
             capacities,
             machine,
             as_decode=as_decode,
+            batch=batch,
             expert_bytes=size,
             resident_bytes=None if resident_bytes is None else parse_bytes(resident_bytes, "--resident-bytes"),
-            history=None if learn_from is None else open_trace(learn_from).check(),
+            learn_from=None if learn_from is None else open_trace(learn_from).check(),
             learn_share=learn_share,
             progress=progress,
         )

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 
 from moesaic.core.compiled import compiled
+from moesaic.core.errors import BadInput
 from moesaic.trace.file import Trace
 
 EMPTY = 65535
@@ -56,9 +57,7 @@ class Order:
 
     def block(self, trace: Trace, first: int, last: int, end: int) -> Block:
         rows = self.rows_T[self.starts_N1[first] : self.starts_N1[end]]
-        ids = read(trace.experts_TLK, rows)
-        if ids.dtype == np.uint8:
-            ids = np.where(ids == trace.empty, np.uint16(EMPTY), ids.astype(np.uint16))
+        ids = wide(read(trace.experts_TLK, rows))
         starts = (self.starts_N1[first : end + 1] - self.starts_N1[first]).astype(np.int64)
         return Block(rows, ids, starts, self.fresh_N[first:last], last - first)
 
@@ -70,19 +69,57 @@ def read(column: np.ndarray, rows: np.ndarray) -> np.ndarray:
     return np.asarray(column[rows])
 
 
-def in_order(trace: Trace, as_decode: bool = False) -> Order:
-    """The passes as recorded; `as_decode`: sequence by sequence, one token per pass, whatever was recorded."""
-    if as_decode:
-        rows = np.arange(len(trace))
-        fresh = np.zeros(len(trace), bool)
-        fresh[trace.starts_S1[:-1][trace.lengths_S > 0]] = True
-        return Order(rows, np.arange(len(trace) + 1), fresh)
-    rows = trace.in_time()
-    step = trace.step_T[rows]
-    starts = np.concatenate([np.flatnonzero(np.diff(step, prepend=step[0] - 1)), [len(rows)]])
-    begins = (trace.position_T[rows] == 0).astype(np.int64)
-    fresh = np.add.reduceat(begins, starts[:-1]) > 0
-    return Order(rows, starts, fresh)
+def wide(ids: np.ndarray) -> np.ndarray:
+    """Ids in 16 bits, empty slots as EMPTY, so that the loops are compiled once."""
+    if ids.dtype != np.uint8:
+        return np.ascontiguousarray(ids, np.uint16)
+    return np.where(ids == np.iinfo(np.uint8).max, np.uint16(EMPTY), ids.astype(np.uint16))
+
+
+def in_order(
+    trace: Trace, as_decode: bool = False, batch: int = 0, sequences: Sequence[int] | np.ndarray | None = None
+) -> Order:
+    """The passes of a trace, or of some of its `sequences`, which are its requests.
+
+    As recorded: one after another in time. `as_decode`: one token of a request per pass, whatever was recorded. `batch`: so
+    many requests at a time, in the order given, go through their passes together (with `as_decode` token by token, else
+    each batch as one prompt); 0 keeps what was recorded.
+    """
+    chosen = np.arange(len(trace.starts_S1) - 1) if sequences is None else np.asarray(sequences, np.int64)
+    chosen = chosen[trace.lengths_S[chosen] > 0]
+    if not as_decode and not batch:
+        rows = trace.in_time()
+        if sequences is not None:
+            rows = rows[np.isin(trace.sequence_T[rows], chosen)]
+        step_T, place_T = trace.step_T[rows], trace.position_T[rows]
+    else:
+        rows = np.concatenate(
+            [np.arange(trace.starts_S1[s], trace.starts_S1[s + 1]) for s in chosen] or [np.zeros(0, np.int64)]
+        )
+        lengths = trace.lengths_S[chosen]
+        place_T = trace.position_T[rows]
+        group_T = np.repeat(np.arange(len(chosen)) // max(1, batch), lengths)
+        step_T = group_T * (int(lengths.max(initial=0)) + 1) + (place_T if as_decode else 0)
+        order = np.argsort(step_T, kind="stable")
+        rows, step_T, place_T = rows[order], step_T[order], place_T[order]
+    if not len(rows):
+        return Order(rows, np.zeros(1, np.int64), np.zeros(0, bool))
+    starts = np.flatnonzero(np.diff(step_T, prepend=step_T[0] - 1))
+    fresh = np.add.reduceat((place_T == 0).astype(np.int64), starts) > 0
+    return Order(rows, np.append(starts, len(rows)), fresh)
+
+
+def first_part(trace: Trace, share: float) -> tuple[np.ndarray, np.ndarray]:
+    """The first sequences, with about that share of all tokens, to learn from, and the others, to replay.
+
+    Raises BadInput for a trace of one sequence, which cannot be parted so.
+    """
+    ends = np.cumsum(trace.lengths_S)
+    count = len(ends)
+    if count < 2:
+        raise BadInput(f"{trace.name} is one sequence and cannot be parted to learn from: give another trace with --learn-from")
+    cut = int(np.clip(np.searchsorted(ends, share * len(trace)) + 1, 1, count - 1))
+    return np.arange(cut), np.arange(cut, count)
 
 
 NEVER = np.iinfo(np.int32).max

@@ -10,12 +10,13 @@ from typing import Any
 import numpy as np
 
 from moesaic.core import registry
-from moesaic.core.errors import BadInput
+from moesaic.core.errors import BadInput, MissingNeed
 from moesaic.trace import simulate as sim
 from moesaic.trace.file import Trace
 from moesaic.trace.hardware import Hardware
-from moesaic.trace.order import in_order, next_uses
+from moesaic.trace.order import Order, first_part, in_order, next_uses, read, wide
 from moesaic.trace.policies import state as S
+from moesaic.trace.policies.history import History
 from moesaic.trace.policies.policy import Policy, Shape
 
 
@@ -122,6 +123,35 @@ def shape_of(trace: Trace, expert_bytes: int | None = None) -> Shape:
     return Shape(trace.experts_L, bytes_L, trace.top_k)
 
 
+def history_of(
+    trace: Trace, share: float, as_decode: bool = False, other: Trace | None = None, batch: int = 0
+) -> tuple[History | None, np.ndarray | None]:
+    """What policies may learn from, and the sequences left to replay (None: all).
+
+    `other` trace, or the first `share` of this one; a share of 1 learns from the very routing that is replayed, and says so.
+    """
+    if other is not None:
+        if [tuple(layer[:3]) for layer in other.layers] != [tuple(layer[:3]) for layer in trace.layers]:
+            raise BadInput(f"{other.name} is of another model than {trace.name}: their layers differ")
+        return History(other, in_order(other, as_decode, batch), other.name), None
+    if share >= 1:
+        return History(trace, in_order(trace, as_decode, batch), "the replayed routing itself", itself=True), None
+    if share <= 0:
+        return None, None
+    first, rest = first_part(trace, share)
+    return History(trace, in_order(trace, as_decode, batch, first), f"the first {len(first)} sequences, not replayed"), rest
+
+
+def _signals(trace: Trace, policy: Policy) -> None:
+    """Raise MissingNeed where the trace lacks what the policy reads."""
+    how = {"ahead": (trace.ahead_TLAM, "--lookahead 3"), "scores": (trace.logits_TLE, "--logits")}
+    for need, (column, option) in how.items():
+        if need in policy.needs and column is None:
+            raise MissingNeed(
+                f"policy {policy.entry.name} reads {need}, which {trace.name} lacks: record it with `moesaic trace … {option}`"
+            )
+
+
 def replay(
     trace: Trace,
     policy: str | Policy,
@@ -129,38 +159,81 @@ def replay(
     hardware: Hardware | None = None,
     *,
     as_decode: bool = False,
+    batch: int = 0,
+    sequences: np.ndarray | None = None,
+    history: History | None = None,
     expert_bytes: int | None = None,
+    resident_bytes: int | None = None,
     progress: Progress | None = None,
 ) -> Result:
     """Simulate `policy` (a registered name, or a built one) on `trace` with a cache of `capacity_bytes`.
 
-    `as_decode`: one token per pass, sequence by sequence, whatever was recorded. Raises BadInput where the policy needs
-    what the trace lacks.
+    `as_decode`, `batch` and `sequences`: see `order.in_order`. `history`: what the policy learns from (`history_of`).
+    `expert_bytes`, `resident_bytes`: other sizes than the trace's. Raises MissingNeed where the policy needs what the trace
+    or the history lacks.
     """
     built = registry.get("policies", policy).build() if isinstance(policy, str) else policy
-    entry = built.entry
     hardware = hardware or Hardware()
     shape = shape_of(trace, expert_bytes)
-    order = in_order(trace, as_decode)
+    _signals(trace, built)
+    if history is not None and built.learns and built.history is not history:
+        built.learn(history)
+    chosen = built.arrange(trace, sequences, batch) if batch else sequences
+    order = in_order(trace, as_decode, batch, chosen)
+    if not order.steps:
+        raise BadInput(f"{trace.name}: nothing is left to replay")
     built.start(shape, capacity_bytes, hardware)
-    c, m = built.state, built.memory
-    preloaded = int((shape.bytes_L * c.layer[S.FILLED]).sum())
-    futures = next_uses(trace, order) if "future" in entry.needs else np.zeros((0, 1, 1), np.int32)
-    count_CL = np.zeros((sim.COUNTS, len(trace.layers)), np.int64)
-    time, mark = np.zeros(sim.TIMES), np.zeros(sim.MARKS, np.int64)
-    dense = trace.header.resident_bytes / len(trace.layers)
-    hw = hardware.array(dense)
+    given = built.replayed(trace, order)
+    if given.experts_TLK is not None:
+        trace = Trace(trace.header, {**trace.columns, "experts": given.experts_TLK}, trace.path)
+    run = _Run(trace, order, built, hardware, resident_bytes)
+    preloaded = int((shape.bytes_L * built.state.layer[S.FILLED]).sum())
     before = clock.perf_counter()
-    done = 0
-    for block in order.blocks(trace):
-        rows = slice(done, done + len(block.rows_T))
-        future = futures[rows] if len(futures) else futures
-        sim.drive(c, m, hw, block.ids_TLK, block.starts_N1, block.fresh_N, block.steps, future, count_CL, time, mark)
-        done += int(block.starts_N1[block.steps])
-        if progress:
-            progress(done, len(trace))
+    run.all(given.guess_TLM, given.demand_WL, progress)
     took = clock.perf_counter() - before
+    notes = list(given.notes)
+    if built.learns and built.history is not None:
+        notes.append(f"learnt from {built.history.label}")
+    note = built.state.note
     return Result(
-        entry.name, entry.exact, int(capacity_bytes), min(1.0, capacity_bytes / max(1, shape.total_bytes)), hardware, count_CL,
-        time, mark, shape.bytes_L, int(c.note[S.SPENT]), int(c.note[S.WASTED]), preloaded, took,
+        built.entry.name, built.exact, int(capacity_bytes), min(1.0, capacity_bytes / shape.total_bytes), hardware,
+        run.count_CL, run.time, run.mark, shape.bytes_L, int(note[S.SPENT]), int(note[S.WASTED] + run.unused()), preloaded, took, notes,
     )  # fmt: skip
+
+
+class _Run:
+    """The arrays of one replay, filled block by block."""
+
+    def __init__(self, trace: Trace, order: Order, policy: Policy, hardware: Hardware, resident_bytes: int | None) -> None:
+        self.trace, self.order, self.policy = trace, order, policy
+        self.count_CL = np.zeros((sim.COUNTS, len(trace.layers)), np.int64)
+        self.time, self.mark = np.zeros(sim.TIMES), np.zeros(sim.MARKS, np.int64)
+        dense = trace.header.resident_bytes if resident_bytes is None else resident_bytes
+        self.hw = hardware.array(dense / len(trace.layers))
+        self.next_TLK = next_uses(trace, order) if "future" in policy.needs else np.zeros((0, 1, 1), np.int32)
+
+    def all(self, guess_TLM: np.ndarray | None, demand_WL: np.ndarray | None, progress: Progress | None) -> None:
+        trace, policy, done = self.trace, self.policy, 0
+        none_TLM, none_TLE = np.zeros((0, 1, 1), np.uint16), np.zeros((0, 1, 1), np.float32)
+        logits_TLE = trace.logits_TLE if "scores" in policy.needs else None
+        ahead_TLAM = trace.ahead_TLAM if policy.state.note[S.SOURCE] in (S.AHEAD, S.IMPACT) else None
+        for block in self.order.blocks(trace):
+            rows = slice(done, done + len(block.rows_T))
+            sim.drive(
+                policy.state, policy.memory, self.hw, block.ids_TLK, block.starts_N1, block.fresh_N, block.steps,
+                self.next_TLK[rows] if len(self.next_TLK) else self.next_TLK,
+                none_TLE if logits_TLE is None else read(logits_TLE, block.rows_T).astype(np.float32),
+                none_TLM[..., None] if ahead_TLAM is None else wide(read(ahead_TLAM, block.rows_T)),
+                none_TLM if guess_TLM is None else guess_TLM[rows],
+                np.zeros((0, 1)) if demand_WL is None else demand_WL,
+                self.count_CL, self.time, self.mark,
+            )  # fmt: skip
+            done += int(block.starts_N1[block.steps])
+            if progress:
+                progress(done, len(self.order.rows_T))
+
+    def unused(self) -> int:
+        """Bytes of guesses that nothing has used by the end."""
+        c = self.policy.state
+        left = int(((c.cell[S.GUESS] > 0) * c.layer[S.BYTES][:, None]).sum())
+        return left - int(self.mark[sim.FLIGHT_LEFT])

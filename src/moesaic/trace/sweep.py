@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from moesaic.core import registry
@@ -10,7 +11,7 @@ from moesaic.core.errors import BadInput
 from moesaic.trace.file import Trace
 from moesaic.trace.hardware import Hardware
 from moesaic.trace.policies.policy import Policy
-from moesaic.trace.replay import replay, shape_of
+from moesaic.trace.replay import history_of, replay, shape_of
 
 
 def build(word: str) -> Policy:
@@ -44,25 +45,41 @@ def sweep(
     hardware: Hardware,
     *,
     as_decode: bool = False,
+    batch: int = 0,
     expert_bytes: int | None = None,
     resident_bytes: int | None = None,
-    history: Trace | None = None,
+    learn_from: Trace | None = None,
     learn_share: float | None = None,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> list[dict[str, Any]]:
-    """Rows of `moesaic replay --json`, by capacity, then by policy. With `all`, what cannot run has a `reason` instead."""
+    """Rows of `moesaic replay --json`, by capacity, then by policy. With `all`, what cannot run has a `reason` instead.
+
+    If any policy learns, all replay the same sequences: those after the first `learn_share` (default 0.2).
+    """
     every = policies.strip() == "all"
     words = [entry.name for entry in registry.entries("policies")] if every else policies.split(",")
     built = [(word.strip(), build(word)) for word in words if word.strip()]
     if not built:
         raise BadInput(f"--policy {policies!r}: name a policy, or all")
+    share = learn_share
+    if share is None:
+        share = 0.2 if learn_from is None and any(policy.learns for _, policy in built) else 0.0
+    try:
+        history, sequences = history_of(trace, share, as_decode, learn_from, batch)
+    except BadInput:
+        if learn_share is not None or not every or learn_from is not None:
+            raise
+        history, sequences = None, None
     total = shape_of(trace, expert_bytes).total_bytes
-    rows = []
+    rows: list[dict[str, Any]] = []
     for capacity in capacities:
         for word, policy in built:
-            say = None if progress is None else lambda done, tokens, word=word: progress(word, done, tokens)  # type: ignore[misc]
+            say = None if progress is None else partial(progress, word)
             try:
-                result = replay(trace, policy, capacity, hardware, as_decode=as_decode, expert_bytes=expert_bytes, progress=say)
+                result = replay(
+                    trace, policy, capacity, hardware, as_decode=as_decode, batch=batch, sequences=sequences, history=history,
+                    expert_bytes=expert_bytes, resident_bytes=resident_bytes, progress=say,
+                )  # fmt: skip
                 rows.append({**result.row(), "policy": word, "reason": None})
             except BadInput as error:
                 if not every:

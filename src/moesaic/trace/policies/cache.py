@@ -16,7 +16,7 @@ def drop(c, l, e):
     """Take expert e of layer l out of the cache."""
     group = c.layer[S.GROUP, l]
     size = c.layer[S.BYTES, l]
-    if c.cell[S.RESIDENT, l, e] == S.STAGED:
+    if c.cell[S.RESIDENT, l, e] == S.STAGED or c.cell[S.RESIDENT, l, e] == S.STAGING:
         c.note[S.STAGE_ROOM] += size
     else:
         c.group[S.ROOM, group] += size
@@ -135,6 +135,8 @@ def make_room(c, l, e, before, guarded, kept):
             theirs = c.real[S.KEEP, at, out] * c.factor[S.SCALE, at]
             if mine < theirs:
                 return False
+        if c.note[S.ONLY_BETTER] and not kept and c.real[S.KEEP, l, e] <= c.real[S.KEEP, at, out]:
+            return False
         evict(c, at, out)
     return True
 
@@ -209,7 +211,7 @@ def look_up(c, l, n):
     for i in range(n):
         e = c.event[S.IDS, i]
         r = c.cell[S.RESIDENT, l, e]
-        c.event[S.ACT, i] = S.HIT if r == S.HERE or r == S.STAGED else (S.LATE if r == S.COMING else S.LOAD)
+        c.event[S.ACT, i] = S.HIT if r == S.HERE or r == S.STAGED else (S.LOAD if r == S.ABSENT else S.LATE)
         c.event[S.ON_HOST, i] = 0
         c.event[S.GUESSED, i] = c.cell[S.GUESS, l, e]
         c.cell[S.USED_AT, l, e] = c.note[S.SERIAL]
@@ -217,8 +219,8 @@ def look_up(c, l, n):
             c.cell[S.GUESS, l, e] = 0
             c.layer[S.GUESSES, l] -= 1
             c.note[S.SPENT] += c.layer[S.BYTES, l]
-        if r == S.COMING:
-            c.cell[S.RESIDENT, l, e] = S.HERE
+        if r == S.COMING or r == S.STAGING:
+            c.cell[S.RESIDENT, l, e] = S.HERE if r == S.COMING else S.STAGED
 
 
 @compiled
@@ -256,7 +258,7 @@ def settle(c, l):
         if not c.cell[S.GUESS, l, e]:
             continue
         r = c.cell[S.RESIDENT, l, e]
-        if r == S.COMING or r == S.STAGED:
+        if r != S.HERE:
             forget_guess(c, l, e, c.layer[S.BYTES, l] if r == S.STAGED else 0)
             drop(c, l, e)
         else:
@@ -273,7 +275,7 @@ def reserve(c, l, e):
         if c.note[S.STAGE_ROOM] < size:
             return False
         c.note[S.STAGE_ROOM] -= size
-        c.cell[S.RESIDENT, l, e] = S.STAGED
+        c.cell[S.RESIDENT, l, e] = S.STAGING
     else:
         if not c.note[S.ADMIT]:
             return False
@@ -288,6 +290,30 @@ def reserve(c, l, e):
             c.cell[S.STAMPED, l, e] = c.note[S.STAMP]
             c.cell[S.PART, l, e] = 1
             c.real[S.KEEP, l, e] = c.note[S.STAMP]
+        elif c.note[S.RULE] == S.FUTURE:
+            c.real[S.KEEP, l, e] = 0.0  # needed before all that is kept
     c.cell[S.GUESS, l, e] = 1
     c.layer[S.GUESSES, l] += 1
     return True
+
+
+@compiled
+def arrived(c, l, e):
+    """A guess that was on its way can be used."""
+    c.cell[S.RESIDENT, l, e] = S.HERE if c.cell[S.RESIDENT, l, e] == S.COMING else S.STAGED
+    c.layer[S.STALE, l] = 1
+
+
+@compiled
+def resize(c, slots_L):
+    """Between passes, give every layer so many slots; what no longer fits leaves, worst first."""
+    for l in range(c.layer.shape[1]):
+        capacity = slots_L[l] * c.layer[S.BYTES, l]
+        group = c.layer[S.GROUP, l]
+        c.group[S.ROOM, group] += capacity - c.group[S.CAPACITY, group]
+        c.group[S.CAPACITY, group] = capacity
+        while c.group[S.ROOM, group] < 0:
+            out = worst_of(c, l, c.note[S.SERIAL] + 1, c.note[S.SERIAL] + 1)
+            if out < 0:
+                break
+            evict(c, l, out)

@@ -14,28 +14,29 @@ import numpy as np
 # State.real [row, L, E]: what an expert is worth (lower leaves first); tokens of the running request.
 KEEP, REQUEST, REALS = range(3)
 # State.cell [row, L, E]
-RESIDENT, STAMPED, USED_AT, GUARD, SEEN, GUESS, FIXED, PART, SLOT, PLACE, WANT, CELLS = range(12)
+RESIDENT, STAMPED, USED_AT, GUARD, SEEN, GUESS, FIXED, PART, SLOT, PLACE, WANT, VOTED, CELLS = range(13)
 # State.factor [row, L]: by how much a layer's worths count; least worth of a layer (while not stale); layer's own number.
 SCALE, LOW, TARGET, FACTORS = range(4)
 # State.layer [row, L]
 EXPERTS, BYTES, GROUP, FILLED, GUESSES, LOW_STAMP, LOW_AT, STALE, WANTED, LAYERS = range(10)
 # State.group [row, G], bytes
 CAPACITY, ROOM, PART_BYTES, GROUPS = range(4)
+# State.score [2, E]: router scores of the event, and room to add up in
 # State.event [row, E]: the event in progress, and room to sort in
 IDS, TOKENS, ACT, ON_HOST, NEXT, RANK, VOTES, GUESSED, EVENTS = range(9)
 # State.number: the reals of a policy
 GAIN, GROWTH, ALPHA, TOP, CPU_COST, GPU_COST, SHARE, FALL, NUMBERS = range(9)
 # State.note: whole numbers of a policy (its rules), then counters
-(RULE, WHOLE, ADMIT, PINS, BYPASS, BYPASS_TOKENS, WHERE, SOURCE, WIDTH, DEPTH, HOST_TOKENS, WRAP, SIGMOID, UNGUARDED,
- STAMP, SERIAL, STEP, STEP_SERIAL, GONE, CURSOR_D, CURSOR, PREVIOUS, BEST, PHASE, ROWS, AT, STAGE, STAGE_ROOM,
- WASTED, SPENT, NOTES) = range(31)  # fmt: skip
+(RULE, WHOLE, ADMIT, PINS, BYPASS, BYPASS_TOKENS, WHERE, SOURCE, WIDTH, DEPTH, HOST_TOKENS, WRAP, HORIZON, ONLY_BETTER,
+ DENSE, WINDOW, MEASURED, SIGMOID, AT_MOST, STAMP, SERIAL, STEP, STEP_SERIAL, GONE, CURSOR_D, CURSOR, PREVIOUS, BEST,
+ PHASE, ROWS, AT, STAGE, STAGE_ROOM, WASTED, SPENT, NOTES) = range(36)  # fmt: skip
 
 # cell[RESIDENT]
-ABSENT, HERE, COMING, STAGED = range(4)
+ABSENT, HERE, COMING, STAGED, STAGING = range(5)
 # event[ACT]: what became of each expert of an event
 HIT, LOAD, STREAM, HOST, LATE = range(5)
 # note[RULE]: what makes an expert worth keeping
-RECENCY, COUNT, RESIDENT_COUNT, SEGMENTS, FUTURE, SCORES, GIVEN, ARC, REQUESTS, LAYER_AGE = range(10)
+RECENCY, COUNT, RESIDENT_COUNT, SEGMENTS, FUTURE, SCORES, GIVEN, ARC, MATCHED, LAYER_AGE = range(10)
 # note[WHERE]: where a miss runs
 MOVE, ON_CPU, CHEAPEST, MAKESPAN, SCHEDULE = range(5)
 # note[SOURCE]: what prefetch believes in
@@ -53,7 +54,7 @@ class State(NamedTuple):
     layer: np.ndarray
     group: np.ndarray
     event: np.ndarray
-    score_E: np.ndarray
+    score: np.ndarray
     number: np.ndarray
     note: np.ndarray
     gone: np.ndarray
@@ -94,7 +95,7 @@ def new_state(experts_L: np.ndarray, bytes_L: np.ndarray, capacity_G: np.ndarray
         layer=np.zeros((LAYERS, layers), np.int64),
         group=np.zeros((GROUPS, len(capacity_G)), np.int64),
         event=np.zeros((EVENTS, experts), np.int64),
-        score_E=np.zeros(experts),
+        score=np.zeros((2, experts)),
         number=np.zeros(NUMBERS),
         note=np.zeros(NOTES, np.int64),
         gone=np.zeros((layers * experts, 2), np.int64),
