@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from kernel_cases import Case, relative_error
+from kernel_cases import Case, names, relative_error
 
 from moesaic.core.routing import Dispatch
-from moesaic.kernels import explain, few_rows, many_rows
+from moesaic.kernels import expert_mlp, explain, few_rows, many_back, many_rows
 from moesaic.kernels.cpu import cpu
 from moesaic.kernels.products import hit_spans
 from moesaic.kernels.reference import reference
@@ -84,23 +84,49 @@ def test_same_bits_for_any_number_of_cores_and_rounds(monkeypatch):
     assert torch.equal(many_rows.run(x, dispatch, weights, spans_of(dispatch)), want)
 
 
-@pytest.mark.parametrize(
-    "case",
-    [{"T": 63}, {"T": 1000, "K": 1}, {"T": 200, "E": 64, "routing": "half the experts"}, {"routing": "one expert"}],
-    ids=str,
-)
-def test_training_gets_the_gradients_of_the_twin(case, monkeypatch):
-    seen = []
-    forward = many_rows.forward
-    monkeypatch.setattr(many_rows, "forward", lambda *given: seen.append(1) or forward(*given))
+TRAINED = [
+    {"T": 63},
+    {"T": 1000, "K": 1},
+    {"T": 200, "E": 64, "routing": "half the experts"},
+    {"T": 300, "E": 64, "K": 8},
+    {"routing": "one expert"},
+    {"routing": "empty slots"},
+]
+
+
+def count_calls(monkeypatch, module, name):
+    seen, real = [], getattr(module, name)
+    monkeypatch.setattr(module, name, lambda *given: seen.append(1) or real(*given))
+    return seen
+
+
+@pytest.mark.parametrize("in_rounds", [False, True], ids=["one round", "rounds"])
+@pytest.mark.parametrize("case", TRAINED, ids=names)
+def test_training_gets_the_gradients_of_the_twin(case, in_rounds, monkeypatch):
+    forward, backward = count_calls(monkeypatch, many_rows, "forward"), count_calls(monkeypatch, many_back, "backward")
+    if in_rounds:
+        monkeypatch.setattr(many_back, "ROUND_BYTES", 1 << 20)
+        monkeypatch.setattr(many_rows, "SCRATCH_BYTES", 1 << 20)
     case = Case(D=WIDTH, I=INNER, dtype=torch.bfloat16, **case)
     want, got = case.run("reference"), case.run("torch")
-    assert seen
+    assert forward and backward
     for name, tensor in want.items():
         assert got[name].dtype == tensor.dtype
         assert relative_error(got[name], tensor) <= 1e-2, name
     again = case.run("torch")
     assert all(torch.equal(got[name], again[name]) for name in got)
+
+
+def test_gradients_that_are_not_wanted_go_the_other_way(monkeypatch):
+    backward = count_calls(monkeypatch, many_back, "backward")
+    weights, dispatch = bank(E=3), routed(spread(63, 3, 2), E=3)
+    x = torch.randn(63, WIDTH).bfloat16().requires_grad_()
+    grads = [
+        torch.autograd.grad(expert_mlp(x, dispatch, weights.gate_up, weights.down, backend=b).float().sum(), x)[0]
+        for b in ("torch", "reference")
+    ]
+    assert relative_error(*grads) <= 1e-2
+    assert not backward
 
 
 def test_gates_far_from_zero():

@@ -87,7 +87,7 @@ def forward(
     x_TD_bits = few_rows.bits(x_TD.to(torch.bfloat16).contiguous())
     y_TD = scratch("many_y", x_TD.shape[0], width, torch.float32).zero_()
     most = max(24, PIECE_BYTES // (2 * max(width, inner)) // 24 * 24)
-    for pieces in _rounds(spans, most, SCRATCH_BYTES // (16 * (width + inner))):
+    for pieces in rounds(spans, most, SCRATCH_BYTES // (16 * (width + inner))):
         groups = pieces[-1][3] + _groups(pieces[-1])
         x_GD = few_rows.bits(scratch("many_x", groups, 8 * width, torch.bfloat16))
         many.swiglu(
@@ -115,7 +115,7 @@ def _groups(piece: tuple[int, ...]) -> int:
     return -(-(piece[2] - piece[1]) // 8)
 
 
-def _rounds(spans: list[Span], most: int, room: int) -> Iterator[list[Piece]]:
+def rounds(spans: list[Span], most: int, room: int) -> Iterator[list[Piece]]:
     """Spans cut into pieces of at most `most` pairs, as many at a time as `room` groups of packed rows hold."""
     pieces: list[Piece] = []
     at = 0

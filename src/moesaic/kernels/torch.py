@@ -17,7 +17,7 @@ from torch.nn.functional import silu
 
 from moesaic.core.registry import register
 from moesaic.core.routing import Dispatch
-from moesaic.kernels import many_rows, products
+from moesaic.kernels import many_back, many_rows, products
 from moesaic.kernels.combine import TokenOrder, sum_per_token
 from moesaic.kernels.products import blocks, hit_spans
 from moesaic.kernels.slots import bounds_of
@@ -31,7 +31,7 @@ class _SwiGLU(torch.autograd.Function):
         x_cast_TD = x_TD.to(dtype)
         pairs = token_S.numel()
         h_SH = x_cast_TD.new_empty(pairs, gate_up_EHD.shape[1])
-        ctx.spans, ctx.dtype = spans, dtype
+        ctx.spans, ctx.dtype, ctx.compiled = spans, dtype, compiled
         ctx.save_for_backward(x_TD, weight_S, gate_up_EHD, down_EDI, gate_up_bias, down_bias, token_S, h_SH, *order)
         if compiled:
             return many_rows.forward(x_TD, token_S, weight_S, gate_up_EHD, down_EDI, spans, h_SH)
@@ -50,6 +50,9 @@ class _SwiGLU(torch.autograd.Function):
         need_x, need_w, need_gate_up, need_down, need_gate_up_bias, need_down_bias = ctx.needs_input_grad[:6]
         spans, dtype, pairs = ctx.spans, ctx.dtype, token_S.numel()
         wide = torch.promote_types(dtype, torch.float32)
+        if ctx.compiled and need_x and need_w and need_gate_up and need_down and many_back.fits(spans):
+            grads = many_back.backward(grad_TD, x_TD, token_S, weight_S, gate_up_EHD, down_EDI, h_SH, spans)
+            return *grads, None, None, None, None, None, None
         x_TD_cast, grad_TD_cast = x_TD.to(dtype), grad_TD.to(dtype)
         dx_SD = x_TD_cast.new_empty(pairs, x_TD.shape[1]) if need_x else None
         d_weight = torch.empty_like(weight_S) if need_w else None

@@ -14,10 +14,10 @@ from moesaic.kernels.compiled.tile import GROUP, tile1, tile2, tile3
 BAND = 8
 """Tiles whose outputs are put into a pair's or a token's row at once: whole cache lines."""
 
-_compiled = numba.njit(fastmath={"contract"}, error_model="numpy")
+compiled = numba.njit(fastmath={"contract"}, error_model="numpy")
 
 
-@_compiled
+@compiled
 def _tiles(rows_GA, groups, first_4A, second_4A, ahead, out_G64):
     """Four and four weight rows times all rows of a piece, as few groups at a time as keeps the last tile wide."""
     g = 0
@@ -34,35 +34,40 @@ def _tiles(rows_GA, groups, first_4A, second_4A, ahead, out_G64):
             g += 1
 
 
-@_compiled
-def _rounded(value):
+@compiled
+def rounded(value):
     """fp32 to bf16, to nearest even."""
     bits = np.float32(value).view(np.uint32)
     return np.uint16((bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16))
 
 
-@_compiled
+@compiled
+def exp_of_minus(value):
+    """exp(-value) to fp32's last bits, as 2^n times a polynomial: a call of the library's would keep the loops that use it
+    from becoming vector instructions."""
+    power = min(max(value * np.float32(-1.4426950408889634), np.float32(-126)), np.float32(126))
+    whole = np.rint(power)
+    part = power - whole
+    root = np.float32(0.00015403530393381608)
+    root = root * part + np.float32(0.0013333558146428443)
+    root = root * part + np.float32(0.009618129107628477)
+    root = root * part + np.float32(0.05550410866482158)
+    root = root * part + np.float32(0.24022650695910072)
+    root = root * part + np.float32(0.6931471805599453)
+    root = root * part + np.float32(1)
+    return root * np.int32((np.int32(whole) + np.int32(127)) << np.int32(23)).view(np.float32)
+
+
+@compiled
 def _activate(sums_64, a_32):
-    """silu(gate) * up; the sums hold 32 gates, then 32 ups. exp is 2^n times a polynomial, to fp32's last bits: a call of
-    the library's would keep the loop from becoming vector instructions."""
+    """silu(gate) * up; the sums hold 32 gates, then 32 ups."""
     for i in range(32):
         gate = sums_64[i]
-        power = min(max(gate * np.float32(-1.4426950408889634), np.float32(-126)), np.float32(126))
-        whole = np.rint(power)
-        part = power - whole
-        root = np.float32(0.00015403530393381608)
-        root = root * part + np.float32(0.0013333558146428443)
-        root = root * part + np.float32(0.009618129107628477)
-        root = root * part + np.float32(0.05550410866482158)
-        root = root * part + np.float32(0.24022650695910072)
-        root = root * part + np.float32(0.6931471805599453)
-        root = root * part + np.float32(1)
-        scale = np.int32((np.int32(whole) + np.int32(127)) << np.int32(23)).view(np.float32)
-        a_32[i] = _rounded(sums_64[i + 32] * gate / (np.float32(1) + root * scale))
+        a_32[i] = rounded(sums_64[i + 32] * gate / (np.float32(1) + exp_of_minus(gate)))
 
 
-@_compiled
-def _pack(part, parts, x_TQ, pieces_P4, token_S, x_GQ):
+@compiled
+def pack(part, parts, x_TQ, pieces_P4, token_S, x_GQ):
     """One core's share of gathering rows into groups: 4 columns (a 64-bit word) of each of 8 rows, then the next 4."""
     for _, start, end, at in pieces_P4:
         groups = (end - start + GROUP - 1) // GROUP
@@ -78,7 +83,7 @@ def _pack(part, parts, x_TQ, pieces_P4, token_S, x_GQ):
                         x_GQ[at + g, q * GROUP + r] = 0
 
 
-@_compiled
+@compiled
 def _inner(part, parts, pieces_P4, gate_up_EHD, x_GD, a_GI, h_SH, sums_BG64):
     """One core's inner columns of every pair, packed as the rows were; and h, if there is room for it."""
     inner, width = gate_up_EHD.shape[1] // 2, gate_up_EHD.shape[2]
@@ -98,12 +103,12 @@ def _inner(part, parts, pieces_P4, gate_up_EHD, x_GD, a_GI, h_SH, sums_BG64):
                 g, r = (s - start) // GROUP, (s - start) % GROUP
                 for b in range(tiles):
                     for i in range(4):
-                        gate_I[4 * b + i] = _rounded(sums_BG64[b, g, 4 * r + i])
+                        gate_I[4 * b + i] = rounded(sums_BG64[b, g, 4 * r + i])
                     for i in range(4):
-                        up_I[4 * b + i] = _rounded(sums_BG64[b, g, 4 * r + 32 + i])
+                        up_I[4 * b + i] = rounded(sums_BG64[b, g, 4 * r + 32 + i])
 
 
-@_compiled
+@compiled
 def _outer(part, parts, pieces_P4, token_S, weight_S, down_EDI, a_GI, y_TD, sums_BG64):
     """One core's output columns, added to the tokens' in the order of the pairs."""
     width, inner = down_EDI.shape[1:]
@@ -134,7 +139,7 @@ def swiglu(x_TQ, pieces_P4, token_S, weight_S, gate_up_EHD, down_EDI, x_GQ, x_GD
     `x_TQ` and `x_GQ` are 64-bit views of bf16 rows, there is a block of sums for every core, and h may have no rows."""
     parts = sums_CBG64.shape[0]
     for part in numba.prange(parts):
-        _pack(part, parts, x_TQ, pieces_P4, token_S, x_GQ)
+        pack(part, parts, x_TQ, pieces_P4, token_S, x_GQ)
     for part in numba.prange(parts):
         _inner(part, parts, pieces_P4, gate_up_EHD, x_GD, a_GI, h_SH, sums_CBG64[part])
     for part in numba.prange(parts):
