@@ -46,7 +46,7 @@ TESTED = {
     "layers": "tests/layers",
     "kernels": "tests/kernels",
     "policies": "tests/trace/policies, tests/matrix/test_policies.py",
-    "statistics": "tests/trace/statistics",
+    "statistics": "tests/trace/statistics, tests/cli/test_analyze.py",
 }
 
 

@@ -11,7 +11,7 @@ from moesaic.core.errors import BadInput
 from moesaic.core.registry import register
 from moesaic.trace.file import Trace
 from moesaic.trace.statistics.counting import Counts, count
-from moesaic.trace.statistics.result import Statistic, plain
+from moesaic.trace.statistics.result import Statistic, mean, plain
 
 MEASURES = ("cv", "gini", "entropy", "max_violation")
 
@@ -40,7 +40,7 @@ class Balance(Statistic):
     dead_L: np.ndarray
 
     def summary(self) -> dict[str, Any]:
-        means = {name: plain(np.nanmean(getattr(self, f"{name}_L"))) for name in MEASURES}
+        means = {name: plain(mean(getattr(self, f"{name}_L"))) for name in MEASURES}
         return {f"mean_{name}": value for name, value in means.items()} | {"dead": int(self.dead_L.sum())}
 
     def by_layer(self) -> list[dict[str, Any]]:

@@ -27,6 +27,8 @@ class Bootstrap:
     """
 
     def __init__(self, trace: Trace, resamples: int = 1000, confidence: float = 0.95, seed: int = 0) -> None:
+        if not len(trace):
+            raise BadInput(f"{trace.name} holds no tokens: nothing was recorded")
         if resamples < 0:
             raise BadInput(f"resamples {resamples}: must be 0 (no intervals) or more")
         if not 0 < confidence < 1:

@@ -12,7 +12,7 @@ from moesaic.core.registry import register
 from moesaic.trace.file import Trace
 from moesaic.trace.statistics import rows
 from moesaic.trace.statistics.bootstrap import Bootstrap
-from moesaic.trace.statistics.result import NotRecorded, Statistic, plain
+from moesaic.trace.statistics.result import NotRecorded, Statistic, mean, plain
 
 PARTS = ("weight_margin", "weight_entropy", "boundary", "entropy")
 
@@ -38,7 +38,7 @@ class Margin(Statistic):
     margins_LB: np.ndarray
 
     def summary(self) -> dict[str, Any]:
-        return {name: plain(np.array(_mean(self.value_LQ[:, q]))) for q, name in enumerate(PARTS)}
+        return {name: plain(mean(self.value_LQ[:, q])) for q, name in enumerate(PARTS)}
 
     def by_layer(self) -> list[dict[str, Any]]:
         found = []
@@ -48,10 +48,6 @@ class Margin(Statistic):
             row |= {f"{name}_high": self.high_LQ[l, q] for q, name in enumerate(PARTS)}
             found.append({"margin": plain({name: value for name, value in row.items() if np.isfinite(value)})})
         return found
-
-
-def _mean(values: np.ndarray) -> float:
-    return float(np.nanmean(values)) if np.isfinite(values).any() else np.nan
 
 
 @register("statistics", "margin", card="serving-and-scale.md#hybrimoe-simulated-cpu-gpu-schedule-per-layer")

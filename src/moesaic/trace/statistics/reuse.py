@@ -13,7 +13,7 @@ from moesaic.trace.file import Trace
 from moesaic.trace.statistics import caches, rows
 from moesaic.trace.statistics.bootstrap import Bootstrap
 from moesaic.trace.statistics.recency import absences, stack
-from moesaic.trace.statistics.result import Statistic, plain
+from moesaic.trace.statistics.result import Statistic, mean, plain
 
 
 @dataclass(frozen=True)
@@ -52,8 +52,8 @@ class Reuse(Statistic):
             {
                 "lru_hit_rate": {f"{rho:g}": hit[c] for c, rho in enumerate(self.rho_C)},
                 "window_tokens": self.tokens_N,
-                "working_set_experts": np.nanmean(self.working_set_LN, 0),
-                "back_within_tokens_share": np.nanmean(self.away_LN, 0),
+                "working_set_experts": mean(self.working_set_LN, 0),
+                "back_within_tokens_share": mean(self.away_LN, 0),
             }
         )
 

@@ -12,7 +12,7 @@ from moesaic.core.registry import register
 from moesaic.trace.file import Trace
 from moesaic.trace.statistics import rows
 from moesaic.trace.statistics.bootstrap import Bootstrap
-from moesaic.trace.statistics.result import Statistic, plain
+from moesaic.trace.statistics.result import Statistic, mean, plain
 
 
 @dataclass(frozen=True)
@@ -38,8 +38,8 @@ class Saturation(Statistic):
     overlap_DL: np.ndarray
 
     def summary(self) -> dict[str, Any]:
-        found: dict[str, Any] = {"overlap": np.nanmean(self.overlap_L), "same_first_choice": np.nanmean(self.first_L)}
-        found["chance"] = np.nanmean(self.chance_L)
+        found: dict[str, Any] = {"overlap": mean(self.overlap_L), "same_first_choice": mean(self.first_L)}
+        found["chance"] = mean(self.chance_L)
         found["overlap_by_domain"] = dict(zip(self.domains, plain(self.overlap_DL.mean(1)), strict=True))
         return plain(found)
 

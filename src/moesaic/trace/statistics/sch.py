@@ -21,7 +21,7 @@ from moesaic.trace.statistics import caches
 from moesaic.trace.statistics.ahead import simulate
 from moesaic.trace.statistics.bootstrap import Bootstrap
 from moesaic.trace.statistics.caches import Pool
-from moesaic.trace.statistics.result import Statistic, plain
+from moesaic.trace.statistics.result import Statistic, mean, plain
 from moesaic.trace.statistics.srp import check_windows
 from moesaic.trace.statistics.windows import favourites
 
@@ -65,7 +65,7 @@ class SCH(Statistic):
                     row["cache_experts"] = self.model_size_ZC[z, c]
                     for name in ("", "low_", "high_", "strict_", "static_"):
                         row[name.rstrip("_") or "sch"] = getattr(self, f"model_{name}ZMC")[z, m, c]
-                    row["layers_mean"] = np.nanmean(self.sch_LMC[:, m, c])
+                    row["layers_mean"] = mean(self.sch_LMC[:, m, c])
                     row["domains"] = dict(zip(self.domains, self.domain_ZDMC[z, :, m, c].tolist(), strict=True))
                     found.append(plain(row))
         return {"rows": found}

@@ -17,7 +17,7 @@ from moesaic.core.registry import register
 from moesaic.trace.file import Trace
 from moesaic.trace.statistics import rows
 from moesaic.trace.statistics.groups import Counted, count_groups, frequent_ids, frequent_positions
-from moesaic.trace.statistics.result import Statistic, plain
+from moesaic.trace.statistics.result import Statistic, mean, plain
 
 
 @dataclass(frozen=True)
@@ -77,12 +77,12 @@ class Specialisation(Statistic):
         for name in ("domain", "token", "position"):
             groups = getattr(self, name)
             if groups is not None and len(groups.ids_V):
-                found[name] = {"groups": len(groups.ids_V), "score": _mean(groups.mean_L)}
-                found[name]["score_of_random_routing"] = _mean(groups.baseline_L)
+                found[name] = {"groups": len(groups.ids_V), "score": mean(groups.mean_L)}
+                found[name]["score_of_random_routing"] = mean(groups.baseline_L)
         if np.isfinite(self.index_L).any():
-            found["context_independence"] = _mean(self.index_L)
-            found["context_independence_of_random_routing"] = _mean(self.index_null_L)
-            found["context_independence_ceiling"] = _mean(self.index_ceiling_L)
+            found["context_independence"] = mean(self.index_L)
+            found["context_independence_of_random_routing"] = mean(self.index_null_L)
+            found["context_independence_ceiling"] = mean(self.index_ceiling_L)
         return plain(found)
 
     def by_layer(self) -> list[dict[str, Any]]:
@@ -95,10 +95,6 @@ class Specialisation(Statistic):
                     row |= {f"{name}_score": groups.mean_L[l], f"{name}_score_null": groups.baseline_L[l]}
             found.append({"specialisation": plain(row)})
         return found
-
-
-def _mean(values: np.ndarray) -> float:
-    return float(np.nanmean(values)) if np.isfinite(values).any() else np.nan
 
 
 @register(
@@ -157,7 +153,7 @@ def specialisation(trace: Trace, *, more_than: int = 128, seed: int = 0) -> Spec
 
 def _scored(found: Counted, at_random: Counted) -> Groups:
     score, baseline = found.score_LV, at_random.score_LV
-    means = [np.array([_mean(row) for row in table]) for table in (score, baseline)]
+    means = [mean(table, 1) for table in (score, baseline)]
     return Groups(found.ids_V, found.tokens_LV, found.ratio_LVE, score, baseline, *means)
 
 

@@ -1,0 +1,93 @@
+"""What every registered statistic earns by existing: it is run on every awkward trace, printed, repeated and read in blocks."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import fields
+
+import numpy as np
+import pytest
+
+from moesaic.core import registry
+from moesaic.core.errors import BadInput
+from moesaic.trace import segments
+from moesaic.trace.file import Trace, from_arrays, open_trace
+from moesaic.trace.statistics import rows
+from moesaic.trace.statistics.result import Statistic
+
+NAMES = [entry.name for entry in registry.entries("statistics")]
+
+
+def take(name, trace, **options):
+    build = registry.get("statistics", name).build
+    known = registry.get("statistics", name).parameters
+    options = {key: value for key, value in options.items() if key in known}
+    return build(trace, trace, **options) if name == "saturation" else build(trace, **options)
+
+
+def weighed(trace):
+    """The trace with weights and logits, so that every measure has what it reads."""
+    rng = np.random.default_rng(0)
+    tokens, layers, slots = trace.experts_TLK.shape
+    columns = dict(trace.columns) | {"weights": rng.random((tokens, layers, slots)).astype(np.float16)}
+    columns["logits"] = rng.normal(size=(tokens, layers, trace.num_experts)).astype(np.float16)
+    return Trace(trace.header, columns)
+
+
+def same(one, two, exact=True):
+    for field in fields(one):
+        a, b = getattr(one, field.name), getattr(two, field.name)
+        if isinstance(a, Statistic):
+            same(a, b, exact)
+        elif isinstance(a, np.ndarray):
+            np.testing.assert_array_equal(a, b) if exact else np.testing.assert_allclose(a, b, atol=1e-6)
+
+
+def test_the_family_is_complete():
+    assert set(NAMES) >= {
+        "affinity", "balance", "coactivation", "drops", "load", "margin", "reuse", "saturation", "sch", "specialisation", "srp",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_awkward_trace_has_a_result_that_is_json(name, awkward):
+    trace = weighed(awkward)
+    found = take(name, trace, resamples=20)
+    assert isinstance(found, Statistic)
+    text = json.dumps([found.to_json(), found.summary(), found.by_layer()], allow_nan=False)
+    assert json.loads(text)
+    assert len(found.by_layer()) <= len(trace.layers)
+    same(found, take(name, trace, resamples=20))
+
+
+@pytest.mark.parametrize("name", sorted(set(NAMES) - {"affinity", "specialisation"}))  # whose random draws go by block
+def test_reading_in_small_blocks_from_a_mapped_file_changes_nothing(name, awkward, tmp_path, monkeypatch):
+    trace = weighed(awkward)
+    with (tmp_path / "a.moetrace").open("wb") as stream:
+        segments.append(stream, trace.columns, trace.header.metadata())
+    whole = take(name, trace, resamples=20)
+    monkeypatch.setattr(rows.sequences, "__defaults__", (10,))
+    same(whole, take(name, open_trace(tmp_path / "a.moetrace"), resamples=20), exact=False)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_trace_is_only_read(name, awkward):
+    trace = weighed(awkward)
+    for column in trace.columns.values():
+        column.flags.writeable = False
+    take(name, trace, resamples=5)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_empty_slots_alone_give_nothing_rather_than_an_error(name):
+    nothing = from_arrays(np.full((40, 2, 2), -1), 4, lengths=[20, 20], tokens_T=np.zeros(40, int))
+    found = take(name, weighed(nothing), resamples=5)
+    json.dumps([found.to_json(), found.summary(), found.by_layer()], allow_nan=False)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_trace_of_no_tokens_is_refused(name):
+    some = weighed(from_arrays(np.zeros((4, 1, 1), int), 2, tokens_T=np.zeros(4, int)))
+    columns = {key: column[:0] for key, column in some.columns.items()}
+    with pytest.raises(BadInput, match="holds no tokens"):
+        take(name, Trace(some.header, columns))
