@@ -109,17 +109,21 @@ def in_order(
     return Order(rows, np.append(starts, len(rows)), fresh)
 
 
-def first_part(trace: Trace, share: float) -> tuple[np.ndarray, np.ndarray]:
-    """The first sequences, with about that share of all tokens, to learn from, and the others, to replay.
+def apart(trace: Trace, share: float) -> tuple[np.ndarray, np.ndarray]:
+    """About that share of the sequences, spread evenly over the trace, to learn from, and the others, to replay.
 
-    Raises BadInput for a trace of one sequence, which cannot be parted so.
+    Evenly, because a trace is often recorded text by text: its first part may know one domain only. Raises BadInput for a
+    trace of one sequence, which cannot be parted.
     """
-    ends = np.cumsum(trace.lengths_S)
-    count = len(ends)
+    count = len(trace.lengths_S)
     if count < 2:
         raise BadInput(f"{trace.name} is one sequence and cannot be parted to learn from: give another trace with --learn-from")
-    cut = int(np.clip(np.searchsorted(ends, share * len(trace)) + 1, 1, count - 1))
-    return np.arange(cut), np.arange(cut, count)
+    learnt = np.diff(np.floor(np.arange(count + 1) * share + 0.5)) > 0
+    if not learnt.any():
+        learnt[0] = True
+    if learnt.all():
+        learnt[-1] = False
+    return np.flatnonzero(learnt), np.flatnonzero(~learnt)
 
 
 NEVER = np.iinfo(np.int32).max

@@ -14,7 +14,7 @@ from moesaic.core.errors import BadInput, MissingNeed
 from moesaic.trace import simulate as sim
 from moesaic.trace.file import Trace
 from moesaic.trace.hardware import Hardware
-from moesaic.trace.order import Order, first_part, in_order, next_uses, read, wide
+from moesaic.trace.order import Order, apart, in_order, next_uses, read, wide
 from moesaic.trace.policies import state as S
 from moesaic.trace.policies.history import History
 from moesaic.trace.policies.policy import Policy, Shape
@@ -128,7 +128,8 @@ def history_of(
 ) -> tuple[History | None, np.ndarray | None]:
     """What policies may learn from, and the sequences left to replay (None: all).
 
-    `other` trace, or the first `share` of this one; a share of 1 learns from the very routing that is replayed, and says so.
+    `other` trace, or a `share` of the sequences of this one; a share of 1 learns from the very routing that is
+    replayed, and says so.
     """
     if other is not None:
         if [tuple(layer[:3]) for layer in other.layers] != [tuple(layer[:3]) for layer in trace.layers]:
@@ -138,8 +139,8 @@ def history_of(
         return History(trace, in_order(trace, as_decode, batch), "the replayed routing itself", itself=True), None
     if share <= 0:
         return None, None
-    first, rest = first_part(trace, share)
-    return History(trace, in_order(trace, as_decode, batch, first), f"the first {len(first)} sequences, not replayed"), rest
+    first, rest = apart(trace, share)
+    return History(trace, in_order(trace, as_decode, batch, first), f"{len(first)} sequences of the trace, not replayed"), rest
 
 
 def _signals(trace: Trace, policy: Policy) -> None:
@@ -197,7 +198,8 @@ def replay(
     note = built.state.note
     return Result(
         built.entry.name, built.exact, int(capacity_bytes), min(1.0, capacity_bytes / shape.total_bytes), hardware,
-        run.count_CL, run.time, run.mark, shape.bytes_L, int(note[S.SPENT]), int(note[S.WASTED] + run.unused()), preloaded, took, notes,
+        run.count_CL, run.time, run.mark, shape.bytes_L, int(note[S.SPENT]),
+        int(note[S.WASTED] + run.unused()), preloaded, took, notes,
     )  # fmt: skip
 
 

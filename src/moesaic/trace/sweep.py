@@ -54,7 +54,7 @@ def sweep(
 ) -> list[dict[str, Any]]:
     """Rows of `moesaic replay --json`, by capacity, then by policy. With `all`, what cannot run has a `reason` instead.
 
-    If any policy learns, all replay the same sequences: those after the first `learn_share` (default 0.2).
+    If any policy learns, all replay the same sequences: those not in `learn_share` (default 0.2).
     """
     every = policies.strip() == "all"
     words = [entry.name for entry in registry.entries("policies")] if every else policies.split(",")

@@ -45,8 +45,7 @@ def store_request(m, phase, request_LE):
             for l in range(request_LE.shape[0]):
                 for e in range(request_LE.shape[1]):
                     dot += request_LE[l, e] * m.library_PLEN[phase, l, e, j]
-            norm = m.norms_PLN[phase, request_LE.shape[0], j]
-            likeness = dot / np.sqrt(norm) if norm > 0 else 0.0
+            likeness = dot * np.sqrt(m.norms_PLN[phase, request_LE.shape[0], j])
             if likeness > best:
                 best, at = likeness, j
     total = 0.0
@@ -54,7 +53,7 @@ def store_request(m, phase, request_LE):
         for e in range(request_LE.shape[1]):
             m.library_PLEN[phase, l, e, at] = request_LE[l, e]
             total += request_LE[l, e] * request_LE[l, e]
-        m.norms_PLN[phase, l + 1, at] = total
+        m.norms_PLN[phase, l + 1, at] = 1.0 / total if total > 0 else 0.0
 
 
 @compiled
@@ -106,8 +105,7 @@ def observe_request(c, m, l, n):
     best = -1
     likeness = -1.0
     for j in range(stored):
-        norm = m.norms_PLN[phase, c.note[S.ROWS], j]
-        value = m.dots_N[j] * m.dots_N[j] / norm if norm > 0 else 0.0
+        value = m.dots_N[j] * m.dots_N[j] * m.norms_PLN[phase, c.note[S.ROWS], j]
         if value > likeness:
             best, likeness = j, value
     if best != c.note[S.BEST]:

@@ -61,7 +61,10 @@ class State(NamedTuple):
 
 
 class Memory(NamedTuple):
-    """What a policy has learnt before: a library of requests (MoE-Infinity) or of paths (EdgeMoE); else empty."""
+    """What a policy has learnt before: a library of requests (MoE-Infinity) or of paths (EdgeMoE); else empty.
+
+    `norms_PLN` [2, L + 1, N]: one over the squared norm of a request's first layers. `dots_N`: products with the running one.
+    """
 
     library_PLEN: np.ndarray
     norms_PLN: np.ndarray
