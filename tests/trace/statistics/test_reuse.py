@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from awkward_traces import chosen, own
+from awkward_traces import chosen, own, sets
 
 from moesaic.trace.file import from_arrays
+from moesaic.trace.replay import replay
 from moesaic.trace.statistics.reuse import reuse
 
 
@@ -27,7 +28,7 @@ def lru(trace, layer, size):
                     warm += 1
                     free -= 1
                 ever.add(e)
-            for e in token:
+            for e in reversed(token):
                 if e in held:
                     held.remove(e)
                 held.append(e)
@@ -69,6 +70,15 @@ def test_hand_computed_distances():
     np.testing.assert_allclose(found.lru_LE[0], [1 / 6, 2 / 6, 3 / 6, 3 / 6])
     np.testing.assert_allclose(found.warm_LE[0], [2 / 6, 4 / 6, 1, 1])
     np.testing.assert_allclose(found.away_LN[0], [1 / 3, 2 / 3, 1])  # within 1, 2 and 4 tokens
+
+
+def test_it_is_what_the_replay_of_an_lru_cache_counts():
+    rng = np.random.default_rng(0)
+    trace = from_arrays(sets(400, 2, 16, 4, rng, 0.5), 16, decode=True, expert_bytes=100)
+    found = reuse(trace, resamples=0)
+    for size in (4, 5, 8, 15, 16):
+        run = replay(trace, "lru", size * 2 * 100)
+        np.testing.assert_allclose(run.hit_rate_L, found.lru_LE[:, size - 1])
 
 
 def test_a_loop_larger_than_the_cache_never_hits_and_one_that_fits_always_does():

@@ -11,7 +11,8 @@ from moesaic.core.compiled import compiled
 def stack(experts_tLK, experts_L, starts_s1, own_sL, unit_s, sizes_LC, again_LE, first_LE, hits_ULC, uses_UL):
     """Add a block's choices to the counts of places at which they were found; every sequence starts with an empty stack.
 
-    The experts of one token are looked up together, then moved to the top in slot order. A choice found at place d is a hit
+    The experts of one token are looked up together, then moved to the top, the first slot last, so that it stays longest: as
+    the replay of an LRU policy does, to the count. A choice found at place d is a hit
     in every LRU cache of more than d experts, as long as that holds at least one token's choices.
 
     Args:
@@ -46,7 +47,7 @@ def stack(experts_tLK, experts_L, starts_s1, own_sL, unit_s, sizes_LC, again_LE,
                         for c in range(sizes_LC.shape[1]):
                             if place < sizes_LC[l, c]:
                                 hits_ULC[unit, l, c] += 1
-                for k in range(slots):
+                for k in range(slots - 1, -1, -1):
                     e = experts_tLK[t, l, k]
                     if e < 0:
                         continue
