@@ -19,6 +19,7 @@ _LAZY = {
     "Dispatch": "moesaic.core.routing",
     "register": "moesaic.core.registry",
     "trace": "moesaic.trace",
+    "calibrate": "moesaic.trace.calibration",
     "open_trace": "moesaic.trace",
 }
 

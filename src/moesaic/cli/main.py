@@ -13,6 +13,7 @@ COMMANDS = {
     "view": "list a model's experts; --coverage checks every architecture",
     "replay": "simulate expert caches on a trace, one policy or all",
     "trace": "record which experts every token of a text chooses",
+    "calibrate": "collect per-expert statistics for surgery, in one pass over a text",
     "traces": "show, merge, slice and convert routing traces",
     "bench": "measure against peers and the floor",
     "systems": "every method, its paper and its state",

@@ -106,15 +106,16 @@ def read(
     first: int = 0,
     before: Callable[[Batch], None] = lambda batch: None,
     after: Callable[[Batch], None] = lambda batch: None,
+    run: Callable[[Any, Tensor, Tensor], Any] | None = None,
 ) -> None:
-    """Every piece through the model, in eval mode; `before` and `after` see each batch."""
+    """Every piece through the model, in eval mode; `before` and `after` see each batch, `run` replaces `forward`."""
     device = next(model.parameters()).device
     training = model.training
     model.eval()
     try:
         for batch in batches(found, size, pad, first):
             before(batch)
-            forward(model, batch.ids_BN.to(device), batch.mask_BN.to(device))
+            (run or forward)(model, batch.ids_BN.to(device), batch.mask_BN.to(device))
             after(batch)
     finally:
         model.train(training)

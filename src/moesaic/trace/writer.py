@@ -19,6 +19,16 @@ FLUSH_TOKENS = 1 << 16
 FLUSH_SECONDS = 2.0
 
 
+def check_place(path: Path, may_exist: bool = False) -> None:
+    """Raises BadInput where no trace can be written, or where one stands that would be lost."""
+    if not path.parent.is_dir():
+        raise BadInput(f"cannot write {path}: there is no folder {path.parent}")
+    if not os.access(path.parent, os.W_OK):
+        raise BadInput(f"cannot write {path}: no permission to write in {path.parent.resolve()}")
+    if path.exists() and not (may_exist and path.is_file()):
+        raise BadInput(f"{path} exists: name another file, resume it, or say that it may be overwritten")
+
+
 class Writer:
     """Takes rows in the order in which they are routed. `path` None keeps them in memory.
 
@@ -37,21 +47,13 @@ class Writer:
         self.extra: dict[str, Any] = dict(header.extra)
         self.resumed: Trace | None = None
         if self.path is not None:
-            self._overwrite = overwrite
             self._check_place(overwrite, resume)
 
     def _check_place(self, overwrite: bool, resume: bool) -> None:
         assert self.path is not None
-        if not self.path.parent.is_dir():
-            raise BadInput(f"cannot write {self.path}: there is no folder {self.path.parent}")
-        if not os.access(self.path.parent, os.W_OK):
-            raise BadInput(f"cannot write {self.path}: no permission to write in {self.path.parent.resolve()}")
-        if not self.path.exists():
-            return
-        if resume:
+        check_place(self.path, overwrite or resume)
+        if resume and self.path.exists():
             self._resume()
-        elif not overwrite or not self.path.is_file():
-            raise BadInput(f"{self.path} exists: name another file, resume it, or say that it may be overwritten")
 
     def _resume(self) -> None:
         assert self.path is not None

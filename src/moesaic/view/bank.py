@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
 
 from moesaic.core.errors import BadInput
 from moesaic.core.routing import Dispatch
+from moesaic.kernels.weights import Form
 from moesaic.view import implementation
 
 if TYPE_CHECKING:
@@ -122,6 +124,21 @@ class ViewBank:
         ones_S = torch.ones(rows, dtype=x_SD.dtype, device=x_SD.device)
         token_S = torch.arange(rows, device=x_SD.device)
         return implementation.run(self.experts, x_SD, Dispatch(token_S, ones_S, offsets_E1.long(), rows))
+
+    def run_one(self, e: int, x_SD: Tensor) -> tuple[Tensor, Tensor]:
+        """Expert e on rows x as the model computes it: inner activations h [S, I], and outputs f [S, D] before weighting."""
+        e, experts = self._index(e), self.experts
+        up_name = "gate_up_proj" if self.gated else "up_proj"
+        up, down = getattr(experts, up_name)[e], experts.down_proj[e]
+        own = implementation.has_own_gate(experts)
+        form = Form(getattr(experts, "act_fn", "silu"), self.gated, apply_gate=experts._apply_gate if own else None)
+        up_bias = getattr(experts, up_name + "_bias")[e] if self.biased else None
+        h_SI = form.activate(linear(x_SD.to(up.dtype), up.T if self.transposed else up, up_bias))
+        down_bias = experts.down_proj_bias[e] if self.biased else None
+        f_SD = linear(h_SI, down.T if self.transposed else down, down_bias)
+        if getattr(experts, "has_post_expert_norm", False):
+            f_SD = experts.post_expert_norm(f_SD)
+        return h_SI, f_SD
 
     @property
     def row_to_expert(self) -> Tensor:
