@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
+
 import numpy as np
 
-from moesaic.trace import segments
+from moesaic.core import registry
 from moesaic.trace.file import Header, Trace, TraceLayer, from_arrays
+from moesaic.trace.statistics.result import Statistic
 
 
 def sets(tokens, layers, experts, k, rng, sticky=0.0):
@@ -64,10 +67,22 @@ def chosen(trace, layer, sequence):
     return [{int(e) for e in row if e != trace.empty} for row in trace.experts_TLK[a:b, layer]]
 
 
-def save(trace, path):
-    with open(path, "wb") as stream:
-        segments.append(stream, trace.columns, trace.header.metadata())
-    return path
+def take(name, trace, **options):
+    """Run a measure with those of the options that it knows; saturation against the trace itself."""
+    build = registry.get("statistics", name).build
+    known = registry.get("statistics", name).parameters
+    options = {key: value for key, value in options.items() if key in known}
+    return build(trace, trace, **options) if name == "saturation" else build(trace, **options)
+
+
+def same(one, two, exact=True):
+    """Fail unless two results hold the same arrays."""
+    for field in fields(one):
+        a, b = getattr(one, field.name), getattr(two, field.name)
+        if isinstance(a, Statistic):
+            same(a, b, exact)
+        elif isinstance(a, np.ndarray):
+            np.testing.assert_array_equal(a, b) if exact else np.testing.assert_allclose(a, b, atol=1e-6)
 
 
 TRACES = _awkward()

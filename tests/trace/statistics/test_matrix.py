@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-from dataclasses import fields
 
 import numpy as np
 import pytest
+from awkward_traces import same, take
 
 from moesaic.core import registry
 from moesaic.core.errors import BadInput
@@ -18,13 +18,6 @@ from moesaic.trace.statistics.result import Statistic
 NAMES = [entry.name for entry in registry.entries("statistics")]
 
 
-def take(name, trace, **options):
-    build = registry.get("statistics", name).build
-    known = registry.get("statistics", name).parameters
-    options = {key: value for key, value in options.items() if key in known}
-    return build(trace, trace, **options) if name == "saturation" else build(trace, **options)
-
-
 def weighed(trace):
     """The trace with weights and logits, so that every measure has what it reads."""
     rng = np.random.default_rng(0)
@@ -32,15 +25,6 @@ def weighed(trace):
     columns = dict(trace.columns) | {"weights": rng.random((tokens, layers, slots)).astype(np.float16)}
     columns["logits"] = rng.normal(size=(tokens, layers, trace.num_experts)).astype(np.float16)
     return Trace(trace.header, columns)
-
-
-def same(one, two, exact=True):
-    for field in fields(one):
-        a, b = getattr(one, field.name), getattr(two, field.name)
-        if isinstance(a, Statistic):
-            same(a, b, exact)
-        elif isinstance(a, np.ndarray):
-            np.testing.assert_array_equal(a, b) if exact else np.testing.assert_allclose(a, b, atol=1e-6)
 
 
 def test_the_family_is_complete():
