@@ -12,7 +12,7 @@ from moesaic.core import registry
 from moesaic.core.errors import BadInput
 from moesaic.trace import segments
 from moesaic.trace.file import Trace, from_arrays, open_trace
-from moesaic.trace.statistics import rows
+from moesaic.trace.statistics import bootstrap, rows
 from moesaic.trace.statistics.result import Statistic
 
 NAMES = [entry.name for entry in registry.entries("statistics")]
@@ -52,6 +52,17 @@ def test_reading_in_small_blocks_from_a_mapped_file_changes_nothing(name, awkwar
     whole = take(name, trace, resamples=20)
     monkeypatch.setattr(rows.sequences, "__defaults__", (10,))
     same(whole, take(name, open_trace(tmp_path / "a.moetrace"), resamples=20), exact=False)
+
+
+@pytest.mark.parametrize("name", sorted(set(NAMES) - {"affinity", "specialisation"}))
+def test_sequences_that_share_a_unit_of_resampling_add_up(name, monkeypatch):
+    rng = np.random.default_rng(0)
+    kind = {"lengths": [2, 3] * 600, "domain_S": np.arange(1200) % 2, "domains": ["a", "b"]}
+    trace = weighed(from_arrays(rng.integers(0, 5, (3000, 2, 1)), 5, **kind))
+    whole = take(name, trace, resamples=0)
+    monkeypatch.setattr(bootstrap, "MOST_UNITS", 7)
+    monkeypatch.setattr(rows.sequences, "__defaults__", (100,))
+    same(whole, take(name, trace, resamples=0), exact=False)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -166,7 +166,9 @@ def _one_window(trace: Trace, window: int, bootstrap: Bootstrap, streams_L: np.n
     hist_ULF, hist_LEF = histograms(trace, window, bootstrap)
     hist_LF, real_LE = hist_ULF.sum(0), rows.real_LE(trace)
     found = best(hist_LF)
-    low, high = bootstrap.interval(lambda h: best(h).f1, hist_ULF)
+    # a layer at a time: resampled histograms of many layers and long windows would be large
+    ends = [bootstrap.interval(lambda h: best(h).f1, hist_ULF[:, l]) for l in range(len(trace.layers))]
+    low, high = (np.array([end[i] for end in ends], float) for i in (0, 1))
     with np.errstate(invalid="ignore", divide="ignore"):
         rate_LE = (hist_LEF * np.arange(window + 1)).sum(-1) / (window * hist_LEF.sum(-1))
     rate_L = np.where(real_LE, rate_LE, 0).sum(1) / trace.experts_L
