@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
@@ -71,7 +72,7 @@ class Policy:
     memory: S.Memory
     history: History | None = None
 
-    @property
+    @cached_property
     def entry(self) -> Entry:
         """What the registry says of this policy."""
         return next(e for e in entries("policies") if e.build is type(self))
@@ -217,6 +218,14 @@ class Policy:
         from moesaic.trace.policies.cache import arrived
 
         arrived(self.state, layer, expert)
+
+    def share_out(self, demand_L: np.ndarray) -> None:
+        """Between passes: give layers slots in proportion to what they are believed to use."""
+        from moesaic.trace.policies.allocation import highest_averages
+        from moesaic.trace.policies.cache import resize
+
+        c = self.state
+        resize(c, highest_averages(c.note[S.AT_MOST], c.layer[S.EXPERTS], c.layer[S.BYTES], np.asarray(demand_L, np.float64)))
 
     def resident(self, layer: int) -> np.ndarray:
         """Mask [E] of the experts of a layer that can be used at once."""

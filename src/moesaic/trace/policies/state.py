@@ -78,7 +78,7 @@ class Memory(NamedTuple):
 def new_memory(layers: int, experts: int, requests: int = 0) -> Memory:
     """An empty memory; the library has a half for prefill and a half for decoding."""
     return Memory(
-        np.zeros((2, layers, experts, requests), np.float32),
+        np.zeros((2, layers, experts, requests)),
         np.zeros((2, layers + 1, requests)),
         np.zeros(requests),
         np.zeros(2, np.int64),
