@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
+from rich import box
 from rich.console import RenderableType
 from rich.table import Table
 
@@ -22,10 +23,13 @@ def render(trace: Any, found: dict[str, Any], skipped: dict[str, str], seconds: 
         f"{len(trace.domain_S):,} sequences; measured in {seconds:.1f} s"
     )
     yield layers_table(trace, found)
+    yield ""
     if "srp" in found or "sch" in found:
         yield windows_table(found)
+        yield ""
     if trace.domains and "load" in found and found["load"].domains:
         yield domains_table(trace, found)
+        yield ""
     for name, sentence in SENTENCES.items():
         if name in found:
             yield sentence(found[name], trace)
@@ -38,6 +42,14 @@ def render(trace: Any, found: dict[str, Any], skipped: dict[str, str], seconds: 
 def at(table: np.ndarray, where: np.ndarray, wanted: float) -> np.ndarray:
     """The column of the wanted window or size, or of the nearest one."""
     return table[..., int(np.abs(np.asarray(where, float) - wanted).argmin())]
+
+
+def plain_table(title: str, *heads: str) -> Table:
+    """A table narrow enough for a terminal of 80 columns."""
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, show_edge=False, padding=0)
+    for head in heads:
+        table.add_column(head, no_wrap=True)
+    return table
 
 
 def layers_table(trace: Any, found: dict[str, Any]) -> Table:
@@ -64,22 +76,22 @@ def layers_table(trace: Any, found: dict[str, Any]) -> Table:
         columns.append(("margin", found["margin"].value_LQ[:, 0]))
     if "saturation" in found:
         columns.append(("kept", found["saturation"].overlap_L))
-    table = Table("layer", "experts", title="layers", title_justify="left")
+    table = plain_table("layers", "layer", "experts")
     for head, _ in columns:
         table.add_column(head, justify="right", no_wrap=True)
     for l, layer in enumerate(trace.layers):
-        cells = [cell(values[l]) for _, values in columns]
+        cells = [cell(values[l], 2) for _, values in columns]
         table.add_row(str(l), f"{layer.top_k} of {layer.experts}", *cells)
     return table
 
 
 def windows_table(found: dict[str, Any]) -> Table:
     """SRP and SCH of the whole model by window length; a model with an encoder and a decoder has rows for each."""
-    table = Table("window", title="locality of the whole model", title_justify="left")
+    table = plain_table("locality of the whole model", "window")
     first = found.get("srp") or found["sch"]
     if len(first.streams) > 1:
         table.add_column("layers")
-    heads = ["SRP", "95 %", "i.i.d.", "own loads", "set"] if "srp" in found else []
+    heads = ["SRP", "95 %", "i.i.d.", "own", "set"] if "srp" in found else []
     if "sch" in found:
         heads += [f"SCH {rho:g}x" for rho in found["sch"].rho_C] + ["95 %"]
     for head in heads:
@@ -102,7 +114,7 @@ def windows_table(found: dict[str, Any]) -> Table:
 def domains_table(trace: Any, found: dict[str, Any]) -> Table:
     """What the measures say about each domain, and its busiest experts."""
     load = found["load"]
-    table = Table("domain", title="domains", title_justify="left")
+    table = plain_table("domains", "domain")
     columns: list[tuple[str, Any]] = [("choices", load.counts_DLE.sum((1, 2)))]
     if "srp" in found:
         columns.append(("SRP", mean(at(found["srp"].domain_ZDM, found["srp"].windows_M, WINDOW), 0)))
@@ -113,12 +125,12 @@ def domains_table(trace: Any, found: dict[str, Any]) -> Table:
         columns.append(("dropped", at(found["drops"].domain_FD.T, found["drops"].factors_F, 1)))
     for head, _ in columns:
         table.add_column(head, justify="right")
-    table.add_column("busiest experts (layer: expert, share)")
+    table.add_column(" busiest experts (layer: expert, share)")
     for d, domain in enumerate(load.domains):
         share_LE = np.nan_to_num(load.share_DLE[d])
         order = np.argsort(share_LE, axis=None)[::-1][:3]
         busiest = [f"{i // share_LE.shape[1]}: {i % share_LE.shape[1]}, {share_LE.flat[i]:.0%}" for i in order]
-        table.add_row(domain, *(cell(values[d]) for _, values in columns), "  ".join(busiest))
+        table.add_row(domain, *(cell(values[d]) for _, values in columns), " " + "  ".join(busiest))
     return table
 
 
@@ -142,7 +154,7 @@ def of_srp(s: Any, trace: Any) -> str:
     value, null = (at(table, s.windows_M, WINDOW) for table in (s.model_ZM, s.model_null_ZM))
     return (
         "[bold]SRP[/bold]: how well one fixed set of experts predicts what a window of tokens uses (F1): "
-        f"{_list(value)} at {_nearest(s.windows_M, WINDOW)} tokens, {_list(null)} for random routing. `own loads` is random "
+        f"{_list(value)} at {_nearest(s.windows_M, WINDOW)} tokens, {_list(null)} for random routing. `own` is random "
         "routing with this trace's loads: what is above it is locality. `set` is the size of that set over what is used."
     )
 
@@ -258,10 +270,10 @@ def advice(sch: Any, reuse: Any, trace: Any) -> str:
     )
 
 
-def cell(value: Any) -> str:
+def cell(value: Any, digits: int = 3) -> str:
     if isinstance(value, int | np.integer):
         return f"{value:,}"
-    return "-" if value is None or not np.isfinite(value) else f"{value:.3f}"
+    return "-" if value is None or not np.isfinite(value) else f"{value:.{digits}f}"
 
 
 def span(low: float, high: float) -> str:

@@ -36,10 +36,10 @@ def test_overlap_equals_sets_whatever_the_order_of_slots():
 
 
 def test_the_first_choice_is_the_largest_weight_where_weights_are_recorded():
-    x = np.array([[[0, 1]], [[2, 3]]])
-    one = from_arrays(x, 4, weights_TLK=[[[0.2, 0.8]], [[0.6, 0.4]]])
-    two = from_arrays(x[..., ::-1], 4, weights_TLK=[[[0.9, 0.1]], [[0.7, 0.3]]])
-    assert saturation(one, two).first_L[0] == 0.5
+    x = np.array([[[0, 1, 2]], [[2, 3, 0]]])
+    one = from_arrays(x, 4, weights_TLK=[[[0.2, 0.5, 0.3]], [[0.6, 0.3, 0.1]]])
+    two = from_arrays(x[..., ::-1], 4, weights_TLK=[[[0.1, 0.6, 0.3]], [[0.2, 0.5, 0.3]]])
+    assert saturation(one, two).first_L[0] == 0.5  # 1 and 1; 2 and 3
     assert saturation(from_arrays(x, 4), from_arrays(x[..., ::-1], 4)).first_L[0] == 0
 
 

@@ -79,8 +79,10 @@ def test_ratios_scores_and_index_equal_a_loop_over_groups(awkward):
 
 def test_rare_groups_are_left_out():
     tokens = np.repeat([3, 9], [129, 128])
-    found = specialisation(from_arrays(sets(257, 1, 4, 1, np.random.default_rng(0)), 4, tokens_T=tokens))
-    assert found.token.ids_V.tolist() == [3]
+    kind = {"lengths": [129, 128], "domain_S": [0, 1], "domains": ["seen", "rare"]}
+    found = specialisation(from_arrays(sets(257, 1, 4, 1, np.random.default_rng(0)), 4, tokens_T=tokens, **kind))
+    assert found.token.ids_V.tolist() == [3] and found.domain.ids_V.tolist() == [0]
+    assert np.isnan(found.domain_rate_LDE[0, 1]).all()
     assert len(found.position.ids_V) == 0 and np.isnan(found.position.mean_L).all()
     assert len(frequent_positions(from_arrays(np.zeros((9, 1, 1), int), 2, lengths=[4, 3, 2]), 1)) == 3
 
