@@ -86,3 +86,11 @@ def test_a_trace_of_no_tokens_is_refused(name):
     columns = {key: column[:0] for key, column in some.columns.items()}
     with pytest.raises(BadInput, match="holds no tokens"):
         take(name, Trace(some.header, columns))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_id_that_is_no_expert_is_refused_before_any_loop_runs_on_it(name):
+    some = weighed(from_arrays(np.zeros((40, 2, 1), int), [3, 9], tokens_T=np.zeros(40, int)))
+    some.experts_TLK[30, 0] = 5
+    with pytest.raises(BadInput, match=r"expert 5 at layers\.0, which has 3"):
+        take(name, some)

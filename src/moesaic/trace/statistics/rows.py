@@ -52,9 +52,12 @@ def sequences(trace: Trace, tokens: int = 1 << 14) -> Iterator[Rows]:
 
 
 def ids(trace: Trace, rows: slice | np.ndarray) -> np.ndarray:
-    """Choices [t, L, K] of these rows as int32, -1 for an empty slot."""
+    """Choices [t, L, K] of these rows as int32, -1 for an empty slot. Raises BadInput for an id that is no expert."""
     block = np.asarray(trace.experts_TLK[rows])
-    return np.where(block == trace.empty, np.int32(-1), block.astype(np.int32))
+    out = np.where(block == trace.empty, np.int32(-1), block.astype(np.int32))
+    if (out.max(axis=(0, 2), initial=-1) >= trace.experts_L).any():
+        trace.check()  # says where: compiled loops would write outside their tables
+    return out
 
 
 def distinct(experts_tLK: np.ndarray) -> np.ndarray:
