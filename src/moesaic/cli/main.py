@@ -14,6 +14,7 @@ COMMANDS = {
     "replay": "simulate expert caches on a trace, one policy or all",
     "trace": "record which experts every token of a text chooses",
     "calibrate": "collect per-expert statistics for surgery, in one pass over a text",
+    "report": "a routing trace in pictures: one HTML page that works offline",
     "traces": "show, merge, slice and convert routing traces",
     "bench": "measure against peers and the floor",
     "systems": "every method, its paper and its state",

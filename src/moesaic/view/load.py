@@ -118,6 +118,15 @@ def load(
     return Loaded(model, _tokenizer(source, common))
 
 
+def load_tokenizer(path_or_id: str | Path) -> Any:
+    """The tokenizer of what a MODEL names, without the model. Raises BadInput where there is none."""
+    source = resolve_model(path_or_id)
+    found = _tokenizer(source, {"trust_remote_code": False, "local_files_only": isinstance(source, Path)})
+    if found is None:
+        raise BadInput(f"{path_or_id} has no tokenizer: put its tokenizer files beside config.json")
+    return found
+
+
 @contextmanager
 def quiet() -> Iterator[None]:
     """No progress bars and no warnings of transformers: for commands that say in their own words what they do."""
