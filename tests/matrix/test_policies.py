@@ -194,7 +194,8 @@ PROBE = """
 import json, sys
 sys.path.insert(0, sys.argv[1])
 from routings import NAMES, build, run, trace_of
-print(json.dumps({n: run(trace_of(7, tokens=24), build(n, **({"oracle": True} if n == "expertflow" else {})), 7).count_CL.tolist()
+options = {"expertflow": {"oracle": True}}
+print(json.dumps({n: run(trace_of(7, tokens=24), build(n, **options.get(n, {})), 7).count_CL.tolist()
     for n in NAMES}))
 """
 
