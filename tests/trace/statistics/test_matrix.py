@@ -31,6 +31,8 @@ def test_the_family_is_complete():
     assert set(NAMES) >= {
         "affinity", "balance", "coactivation", "drops", "load", "margin", "reuse", "saturation", "sch", "specialisation", "srp",
     }  # fmt: skip
+    for entry in registry.entries("statistics"):
+        assert entry.build.__module__ == f"moesaic.trace.statistics.{entry.name}"
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -69,7 +69,11 @@ def measures(counts_xE: np.ndarray) -> np.ndarray:
         return np.stack([cv, gini, entropy, share.max(-1) * experts - 1], -1)
 
 
-@register("statistics", "balance", card="layers-and-balancing.md#switch--gshard-load-balance-loss")
+@register(
+    "statistics",
+    "balance",
+    card="layers-and-balancing.md#switch--gshard-load-balance-loss-capacity-and-router-z-loss-lbl-lz-the-baselines",
+)
 def balance(
     source: Trace | Counts, *, dead_below: float = 0.0, resamples: int = 1000, confidence: float = 0.95, seed: int = 0
 ) -> Balance:
