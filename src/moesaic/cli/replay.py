@@ -76,8 +76,9 @@ def replay(
         host_bytes_per_second=None if host_bandwidth is None else parse_rate(host_bandwidth, "--host-bandwidth"),
         host_flops=host_flops,
     )
+    quiet = not progress_console.is_terminal
     columns = (TextColumn("replay {task.description}"), BarColumn(), TextColumn("{task.completed:,.0f} tokens"))
-    with Progress(*columns, TimeRemainingColumn(), console=progress_console, transient=True) as bar:
+    with Progress(*columns, TimeRemainingColumn(), console=progress_console, transient=True, disable=quiet) as bar:
         task = bar.add_task("", total=None)
 
         def progress(what: str, done: int, total: int) -> None:
@@ -161,7 +162,8 @@ def _show(result: dict[str, Any]) -> None:
     )
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     table.add_column("cache, policy", no_wrap=True)
-    for name in ("hit", "strict", "warm", "moved/token", "guessed", "wasted", "stall", "tok/s", "at most"):
+    names = ("hit %", "strict", "warm", "moved/tok", "guessed", "wasted", "stall", "tok/s", "at most")
+    for name in names if console.width >= 100 else names[:1] + names[3:]:
         table.add_column(name, justify="right", no_wrap=True)
     last = None
     for row in result["rows"]:
@@ -169,23 +171,12 @@ def _show(result: dict[str, Any]) -> None:
             table.add_section()
             table.add_row(f"[bold]{row['cache_share']:.0%}, {show_bytes(row['cache_bytes'])}[/bold]")
         last = row["cache_bytes"]
-        name = f"  {row['policy']}" + ("" if row["exact"] else " (changes the model)")
+        name = f"  {row['policy']}" + ("" if row["exact"] else "*")
         if row["reason"]:
             table.add_row(name, "-")
             continue
-        guessed = row["speculative_bytes_used"] + row["speculative_bytes_wasted"]
-        wasted = f"{row['speculative_bytes_wasted'] / guessed:.0%}" if guessed else ""
-        bound = row["bound_tokens_per_second"]
-        table.add_row(
-            name,
-            *(f"{row[key]:.1%}" for key in ("hit_rate", "strict_hit_rate", "warm_hit_rate")),
-            show_bytes(row["moved_bytes_per_token"]),
-            show_bytes(guessed) if guessed else "",
-            wasted,
-            f"{row['stall_seconds']:,.2f} s",
-            f"{row['tokens_per_second']:,.1f}",
-            "" if bound is None else f"{bound:,.1f}",
-        )
+        cells = _cells(row)
+        table.add_row(name, *(cells if console.width >= 100 else cells[:1] + cells[3:]))
     console.print(table)
     for note in dict.fromkeys(
         f"{row['policy']}: {text}" for row in result["rows"] for text in [row["reason"], *row["notes"]] if text

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 from moesaic.core import registry
 from moesaic.core.errors import BadInput
@@ -18,24 +18,39 @@ def build(word: str) -> Policy:
     """A policy of `name` or `name:option=value+option=value`. Raises BadInput naming an option that it does not have."""
     name, _, options = word.strip().partition(":")
     entry = registry.get("policies", name)
+    hints = get_type_hints(entry.build.__init__)  # type: ignore[misc]
     given: dict[str, Any] = {}
     for part in filter(None, options.split("+")):
         key, equals, text = part.partition("=")
         if key not in entry.parameters or not equals:
             raise BadInput(f"--policy {word!r}: {name} has no option {part!r}; it has {', '.join(entry.parameters) or 'none'}")
-        given[key] = _value(text)
+        given[key] = _value(hints[key], text, f"--policy {word!r}: {part!r}")
     return entry.build(**given)
 
 
-def _value(text: str) -> Any:
-    if text.lower() in ("true", "false"):
+def _value(kind: Any, text: str, what: str) -> Any:
+    choices = get_args(kind)
+    if choices:
+        if text not in choices:
+            raise BadInput(f"{what}: one of {', '.join(choices)}")
+        return text
+    if kind is bool:
+        if text.lower() not in ("true", "false"):
+            raise BadInput(f"{what}: true or false")
         return text.lower() == "true"
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            continue
-    return text
+    try:
+        return kind(text)
+    except ValueError:
+        raise BadInput(f"{what}: give a {'whole ' if kind is int else ''}number") from None
+
+
+def named(policies: str) -> list[tuple[str, Policy]]:
+    """The policies of a list separated by commas, or all that are registered."""
+    words = [entry.name for entry in registry.entries("policies")] if policies.strip() == "all" else policies.split(",")
+    built = [(word.strip(), build(word)) for word in words if word.strip()]
+    if not built:
+        raise BadInput(f"--policy {policies!r}: name a policy, or all")
+    return built
 
 
 def sweep(
@@ -56,11 +71,7 @@ def sweep(
 
     If any policy learns, all replay the same sequences: those not in `learn_share` (default 0.2).
     """
-    every = policies.strip() == "all"
-    words = [entry.name for entry in registry.entries("policies")] if every else policies.split(",")
-    built = [(word.strip(), build(word)) for word in words if word.strip()]
-    if not built:
-        raise BadInput(f"--policy {policies!r}: name a policy, or all")
+    every, built = policies.strip() == "all", named(policies)
     share = learn_share
     if share is None:
         share = 0.2 if learn_from is None and any(policy.learns for _, policy in built) else 0.0
