@@ -182,9 +182,27 @@ def _show(result: dict[str, Any]) -> None:
         f"{row['policy']}: {text}" for row in result["rows"] for text in [row["reason"], *row["notes"]] if text
     ):
         console.print(note)
+    if any(not row["exact"] for row in result["rows"]):
+        console.print("*: changes the model")
     console.print(
+        "Per token: bytes moved, of them prefetched (guessed) and prefetched in vain (wasted). stall: share of the time. "
         "strict: first touches are misses. warm: those that found a free slot are hits. at most: what the link allows."
     )
+
+
+def _cells(row: dict[str, Any]) -> list[str]:
+    guessed = row["speculative_bytes_used"] + row["speculative_bytes_wasted"]
+    per_token = row["moved_bytes_per_token"] / row["moved_bytes"] if row["moved_bytes"] else 0.0
+    bound = row["bound_tokens_per_second"]
+    return [
+        *(f"{100 * row[key]:.1f}" for key in ("hit_rate", "strict_hit_rate", "warm_hit_rate")),
+        show_bytes(row["moved_bytes_per_token"]),
+        show_bytes(guessed * per_token) if guessed else "",
+        show_bytes(row["speculative_bytes_wasted"] * per_token) if guessed else "",
+        f"{row['stall_seconds'] / row['seconds']:.0%}" if row["seconds"] else "",
+        f"{row['tokens_per_second']:,.1f}",
+        "" if bound is None else f"{bound:,.1f}",
+    ]
 
 
 app = single(replay)

@@ -18,7 +18,7 @@ def build(word: str) -> Policy:
     """A policy of `name` or `name:option=value+option=value`. Raises BadInput naming an option that it does not have."""
     name, _, options = word.strip().partition(":")
     entry = registry.get("policies", name)
-    hints = get_type_hints(entry.build.__init__)  # type: ignore[misc]
+    hints = get_type_hints(entry.build.__init__)
     given: dict[str, Any] = {}
     for part in filter(None, options.split("+")):
         key, equals, text = part.partition("=")
