@@ -38,8 +38,8 @@ def test_overlap_equals_sets_whatever_the_order_of_slots():
 def test_the_first_choice_is_the_largest_weight_where_weights_are_recorded():
     x = np.array([[[0, 1, 2]], [[2, 3, 0]]])
     one = from_arrays(x, 4, weights_TLK=[[[0.2, 0.5, 0.3]], [[0.6, 0.3, 0.1]]])
-    two = from_arrays(x[..., ::-1], 4, weights_TLK=[[[0.1, 0.6, 0.3]], [[0.2, 0.5, 0.3]]])
-    assert saturation(one, two).first_L[0] == 0.5  # 1 and 1; 2 and 3
+    two = from_arrays(x[..., ::-1], 4, weights_TLK=[[[0.1, 0.6, 0.3]], [[0.3, 0.2, 0.5]]])
+    assert saturation(one, two).first_L[0] == 1  # 1 and 1; 2 and 2: the smallest weights and the first slots differ
     assert saturation(from_arrays(x, 4), from_arrays(x[..., ::-1], 4)).first_L[0] == 0
 
 
