@@ -3,6 +3,8 @@
 There the contraction runs along the weights' other axis, so that it is a row's value that goes into every lane, and 32
 columns that fill two vectors. Rows are packed as for compiled/tile.py (4 columns of each of 8 rows, then the next 4), the
 other operand as pairs: both rows 2k and 2k + 1 of a column side by side, as `vdpbf16ps` adds them.
+
+Numba's cache looks at the file of a pass alone: after a change here or in many.py, touch back.py.
 """
 
 from __future__ import annotations
@@ -119,7 +121,7 @@ def pair_lines(context, from_A, low_at, high_at, ahead, to_A, to_at):
             distant = builder.gep(source, [builder.add(offset, builder.mul(arguments[3], _I64(2)))])
             builder.call(fetch, [distant, _I32(0), _I32(2), _I32(1)])
         for half in range(2):
-            both = _pick(builder, *lines, [lane for c in range(16 * half, 16 * half + 16) for lane in (c, c + 32)])
+            both = _pick(builder, lines[0], lines[1], [lane for c in range(16 * half, 16 * half + 16) for lane in (c, c + 32)])
             offset = builder.add(builder.mul(arguments[5], _I64(4)), _I64(64 * half))
             builder.store(both, _at(builder, target, offset, _LINE), align=4)
         return context.get_dummy_value()

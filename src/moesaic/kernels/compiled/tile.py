@@ -5,6 +5,8 @@ rows and a weight fill 27 of AVX-512's 32. One instruction, `vdpbf16ps`, multipl
 to 16 sums in fp32. A vector holds 4 consecutive columns of 8 rows (`GROUP`), which is what packed rows are; the same 4
 columns of a stored weight row, 8 bytes, are loaded into every lane pair. So weights are read as they lie in memory, and
 a row's sum ends up in two neighbouring lanes: one addition per sum, after the last column.
+
+Numba's cache looks at the file of a pass alone: after a change here, touch many.py.
 """
 
 from __future__ import annotations
