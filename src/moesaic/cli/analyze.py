@@ -16,7 +16,7 @@ TWO_TRACES = "saturation"
 
 
 def analyze(
-    file: Annotated[Path, typer.Argument(help="A .moetrace file, as `moesaic trace` writes it.")],
+    file: Annotated[Path, typer.Argument(help="A .moetrace; or an .npz of counts, DOMAIN.counts [L, E] and DOMAIN.pairs.")],
     only: Annotated[str, typer.Option(help="Measures to take, with commas between: srp,load. Default: all.")] = "",
     against: Annotated[Path | None, typer.Option(help="Trace of another checkpoint on the same text: saturation.")] = None,
     by_domain: Annotated[bool, typer.Option("--by-domain", help="Also the load of every domain.")] = False,
@@ -28,6 +28,9 @@ def analyze(
     """Load, balance, locality (SRP, SCH, reuse), affinity and specialisation of a routing trace."""
     if resamples < 0:
         raise BadInput(f"--resamples {resamples}: must be at least 0")
+    if file.suffix == ".npz":
+        _tables(file, json)
+        return
     from moesaic.core.registry import entries
     from moesaic.trace.file import open_trace
 
@@ -55,6 +58,19 @@ def analyze(
 
         for part in render(trace, found, skipped, seconds):
             console.print(part)
+
+
+def _tables(file: Path, json: bool) -> None:
+    from moesaic.cli import analyze_tables
+
+    if not file.is_file():
+        raise BadInput(f"no such file: {file}")
+    found = analyze_tables.document(file)
+    if json:
+        emit(found)
+        return
+    for table in analyze_tables.render(found):
+        console.print(table)
 
 
 def _names(only: str, known: list[str], against: Path | None) -> list[str]:
