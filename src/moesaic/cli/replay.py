@@ -15,6 +15,8 @@ from moesaic.cli.common import Debug, Json, console, emit, progress_console, sin
 from moesaic.core.errors import BadInput
 from moesaic.core.sizes import parse_bytes, parse_rate, show_bytes
 
+NARROW = (0, 3, 5, 6, 7, 8)
+"""Columns of figures for a terminal of 80 characters."""
 STANDARD = tuple(f"{share}%" for share in range(10, 101, 10))
 
 
@@ -163,7 +165,8 @@ def _show(result: dict[str, Any]) -> None:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     table.add_column("cache, policy", no_wrap=True)
     names = ("hit %", "strict", "warm", "moved/tok", "guessed", "wasted", "stall", "tok/s", "at most")
-    for name in names if console.width >= 100 else names[:1] + names[3:]:
+    shown = range(len(names)) if console.width >= 100 else NARROW
+    for name in (names[i] for i in shown):
         table.add_column(name, justify="right", no_wrap=True)
     last = None
     for row in result["rows"]:
@@ -176,7 +179,7 @@ def _show(result: dict[str, Any]) -> None:
             table.add_row(name, "-")
             continue
         cells = _cells(row)
-        table.add_row(name, *(cells if console.width >= 100 else cells[:1] + cells[3:]))
+        table.add_row(name, *(cells[i] for i in shown))
     console.print(table)
     for note in dict.fromkeys(
         f"{row['policy']}: {text}" for row in result["rows"] for text in [row["reason"], *row["notes"]] if text

@@ -72,7 +72,7 @@ def read(column: np.ndarray, rows: np.ndarray) -> np.ndarray:
 def wide(ids: np.ndarray) -> np.ndarray:
     """Ids in 16 bits, empty slots as EMPTY, so that the loops are compiled once."""
     if ids.dtype != np.uint8:
-        return np.ascontiguousarray(ids, np.uint16)
+        return np.array(ids, np.uint16)  # a copy: compiled code tells what may be written from what may not
     return np.where(ids == np.iinfo(np.uint8).max, np.uint16(EMPTY), ids.astype(np.uint16))
 
 

@@ -11,6 +11,7 @@ from moesaic.trace.policies import state as S
 from moesaic.trace.policies.allocation import highest_averages
 from moesaic.trace.policies.cache import arrived, reserve, resize
 from moesaic.trace.policies.engine import begin_step, decide, next_fetch, plan, skip_layer
+from moesaic.trace.policies.inlined import inlined
 from moesaic.trace.policies.schedule import t_gpu, timelines
 
 (ACCESSES, HITS, FIRST_HITS, WARM, LOADS, STREAMS, HOSTS, LATES, EVICTIONS, DEMANDED, FETCHED, CHOICES, COUNTS) = range(13)
@@ -35,7 +36,7 @@ def rank(c, row, n, values):
         c.event[row, j + 1], c.event[values, j + 1], c.event[S.NEXT, j + 1] = e, count, after
 
 
-@compiled
+@inlined
 def gather(c, l, ids_TLK, next_TLK, first, last):
     """Lay the event of one layer out in c.event: distinct experts, most tokens first, ties by first appearance."""
     n = 0
@@ -127,7 +128,8 @@ def look_ahead(c, l, ids_TLK, ahead_TLAM, guess_TLM, starts_N1, s):
 def mean_scores(c, l, logits_TLE, first, last):
     """Mean over the pass's tokens of the softmax (or, where so set, normalised sigmoid) of a layer's logits."""
     experts = c.layer[S.EXPERTS, l]
-    c.score[0] = 0.0
+    for e in range(experts):
+        c.score[0, e] = 0.0
     for t in range(first, last):
         total = 0.0
         top = -np.inf
@@ -168,7 +170,7 @@ def fetch_ahead(c, m, hw, seconds, count_CL, mark):
         budget -= hw[H.LINK_WAIT] * hw[H.LINK_BW]
 
 
-@compiled
+@inlined
 def land(c, l, count_CL, mark):
     """What is on its way is either needed now (its bytes still to come are returned), or was turned back, or flies on."""
     if mark[FLIGHT_LEFT] == 0:
@@ -186,7 +188,7 @@ def land(c, l, count_CL, mark):
     return 0
 
 
-@compiled
+@inlined
 def book(c, l, n, filled, free, count_CL):
     """Count what became of an event's experts. `free`: bytes that were unused before it."""
     size = c.layer[S.BYTES, l]
@@ -233,11 +235,13 @@ def drive(
                     c.note[S.AT_MOST], c.layer[S.EXPERTS], c.layer[S.BYTES], demand_WL[(c.note[S.STEP] - 1) // c.note[S.WINDOW]]
                 ),
             )
-        if c.note[S.SOURCE] == S.PREDICTED:
-            look_ahead(c, -1, ids_TLK, ahead_TLAM, guess_TLM, starts_N1, s)
-            plan(c, m, -1, 0, tokens)
         idle = 0.0
-        for l in range(layers):
+        for l in range(-1, layers):
+            if l < 0:
+                if c.note[S.SOURCE] == S.PREDICTED:
+                    look_ahead(c, l, ids_TLK, ahead_TLAM, guess_TLM, starts_N1, s)
+                    plan(c, m, l, l + 1, tokens)
+                continue
             dense = hw[H.DEVICE_WAIT] + max(
                 hw[H.DENSE] / hw[H.DEVICE_BW], tokens * 2.0 * hw[H.DENSE] / hw[H.WIDTH] / hw[H.DEVICE_FLOPS]
             )

@@ -1,7 +1,8 @@
 """Who leaves, who enters, and what becomes of every expert of an event: the compiled core that all policies share.
 
 Every function works on a `State` (argument `c`) in place. `before` is the serial from which on a used expert may not
-leave: this event's, so that what is in use is pinned, or for prefetch that of the step's first event.
+leave: this event's, so that what is in use is pinned, or for prefetch that of the step's first event. `guarded`: the same
+for what is believed to be used soon.
 """
 
 from __future__ import annotations
@@ -9,9 +10,13 @@ from __future__ import annotations
 from moesaic.core.compiled import compiled
 from moesaic.trace.policies import state as S
 from moesaic.trace.policies.arc import arc_admit, arc_hit, arc_victim
+from moesaic.trace.policies.inlined import inlined
+
+DEMAND = 1 << 61
+"""Added to what is guarded where the model waits: no guard counts then."""
 
 
-@compiled
+@inlined
 def drop(c, l, e):
     """Take expert e of layer l out of the cache."""
     group = c.layer[S.GROUP, l]
@@ -33,7 +38,7 @@ def drop(c, l, e):
     c.layer[S.STALE, l] = 1
 
 
-@compiled
+@inlined
 def put(c, l, e, how):
     """Give expert e of layer l a place that was made free for it."""
     size = c.layer[S.BYTES, l]
@@ -46,7 +51,7 @@ def put(c, l, e, how):
     c.layer[S.STALE, l] = 1
 
 
-@compiled
+@inlined
 def forget_guess(c, l, e, moved):
     """Book the bytes of a guess that nothing has used."""
     if c.cell[S.GUESS, l, e]:
@@ -87,11 +92,12 @@ def worst_of(c, l, before, guarded):
 
 
 @compiled
-def victim(c, l, before, guarded, kept):
+def victim(c, l, before, guarded):
     """Layer and expert that should leave first to make room in layer l's group; (-1, -1) where none may.
 
-    `kept`: layers whose contents did not change since the last call need not be looked through again.
+    On demand, layers whose contents did not change since the last call need not be looked through again.
     """
+    kept = guarded > DEMAND
     if not c.note[S.WHOLE]:
         return l, worst_of(c, l, before, guarded)
     best_l = -1
@@ -116,10 +122,11 @@ def victim(c, l, before, guarded, kept):
 
 
 @compiled
-def make_room(c, l, e, before, guarded, kept):
+def make_room(c, l, e, before, guarded):
     """Evict until expert e of layer l fits. False, with what has left gone, where it cannot."""
     group = c.layer[S.GROUP, l]
     size = c.layer[S.BYTES, l]
+    kept = guarded > DEMAND
     if c.group[S.CAPACITY, group] < size:
         return False
     while c.group[S.ROOM, group] < size:
@@ -127,7 +134,7 @@ def make_room(c, l, e, before, guarded, kept):
             at = l
             out = arc_victim(c, l, e, before, guarded)
         else:
-            at, out = victim(c, l, before, guarded, kept)
+            at, out = victim(c, l, before, guarded)
         if out < 0:
             return False
         if c.note[S.BYPASS] and kept:
@@ -175,7 +182,7 @@ PROTECTED = 1e15
 """Above every stamp: what is protected leaves after all that is not."""
 
 
-@compiled
+@inlined
 def touch(c, l, n):
     """Update what the event's experts are worth; the first of them counts as the latest used."""
     rule = c.note[S.RULE]
@@ -203,7 +210,7 @@ def touch(c, l, n):
     c.layer[S.STALE, l] = 1
 
 
-@compiled
+@inlined
 def look_up(c, l, n):
     """Say of every expert of the event whether it is here, and pin it."""
     c.note[S.SERIAL] += 1
@@ -223,7 +230,7 @@ def look_up(c, l, n):
             c.cell[S.RESIDENT, l, e] = S.HERE if r == S.COMING else S.STAGED
 
 
-@compiled
+@inlined
 def bring_in(c, l, n, tokens):
     """Give every missing expert that does not run on the host a place, or let it stream through."""
     before = c.note[S.SERIAL] if c.note[S.PINS] else c.note[S.SERIAL] + 1
@@ -236,7 +243,7 @@ def bring_in(c, l, n, tokens):
             drop(c, l, e)
         if (c.event[S.ACT, i] == S.LOAD and not c.event[S.ON_HOST, i]) or staged:
             free = c.group[S.ROOM, group] >= c.layer[S.BYTES, l]
-            if c.note[S.ADMIT] and (free or not wave) and make_room(c, l, e, before, c.note[S.SERIAL] + 1, True):
+            if c.note[S.ADMIT] and (free or not wave) and make_room(c, l, e, before, c.note[S.SERIAL] + DEMAND):
                 put(c, l, e, S.HERE)
                 if c.note[S.RULE] == S.ARC:
                     arc_admit(c, l, e)
@@ -249,7 +256,7 @@ def bring_in(c, l, n, tokens):
     c.layer[S.STALE, l] = 1
 
 
-@compiled
+@inlined
 def settle(c, l):
     """After an event, guesses about its layer that it did not use are the first to leave; those on the way turn back."""
     if not c.layer[S.GUESSES, l]:
@@ -280,7 +287,7 @@ def reserve(c, l, e):
         if not c.note[S.ADMIT]:
             return False
         before = c.note[S.STEP_SERIAL]
-        if not make_room(c, l, e, before, before, False):
+        if not make_room(c, l, e, before, before):
             return False
         put(c, l, e, S.COMING)
         if c.note[S.RULE] == S.ARC:

@@ -5,11 +5,21 @@ from __future__ import annotations
 from moesaic.core.compiled import compiled
 from moesaic.trace.policies import state as S
 from moesaic.trace.policies.cache import bring_in, look_up, settle, touch
+from moesaic.trace.policies.inlined import inlined
 from moesaic.trace.policies.learned import EPSILON, begin_request, follow_path, observe_request, smooth_scores
 from moesaic.trace.policies.schedule import choose_where, two_ended
 
 
 @compiled
+def _rescale(c):
+    for l in range(c.layer.shape[1]):
+        for e in range(c.layer[S.EXPERTS, l]):
+            c.real[S.KEEP, l, e] /= c.number[S.GAIN]
+        c.layer[S.STALE, l] = 1
+    c.number[S.GAIN] = 1.0
+
+
+@inlined
 def begin_step(c, m, fresh, prefill):
     """A forward pass begins: `fresh` where a request does, `prefill` where it reads many tokens at once."""
     c.note[S.STEP] += 1
@@ -17,14 +27,12 @@ def begin_step(c, m, fresh, prefill):
     if c.number[S.GROWTH] != 1.0:
         c.number[S.GAIN] *= c.number[S.GROWTH]
         if c.number[S.GAIN] > 1e200:
-            c.real[S.KEEP] /= c.number[S.GAIN]
-            c.number[S.GAIN] = 1.0
-            c.layer[S.STALE] = 1
+            _rescale(c)
     if c.note[S.RULE] == S.MATCHED and (fresh or int(prefill) != c.note[S.PHASE]):
         begin_request(c, m, int(prefill))
 
 
-@compiled
+@inlined
 def decide(c, m, hw, l, n, tokens):
     """Say what becomes of the event's experts (`event[ACT]`, `event[ON_HOST]`), and who leaves (`gone[:note[GONE]]`).
 

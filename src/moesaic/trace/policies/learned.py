@@ -32,7 +32,11 @@ def path_key(before, now, layer):
 def store_request(m, phase, request_LE):
     """Add a request's counts to the library; a full one gives up the entry most like it (least cosine distance)."""
     size = m.library_PLEN.shape[3]
-    if size == 0 or request_LE.sum() == 0:
+    total = 0.0
+    for l in range(request_LE.shape[0]):
+        for e in range(request_LE.shape[1]):
+            total += request_LE[l, e]
+    if size == 0 or total == 0:
         return
     at = m.filled_P[phase]
     if at < size:
@@ -60,8 +64,11 @@ def store_request(m, phase, request_LE):
 def begin_request(c, m, phase):
     """Store the request that ends, and start counting anew; prefill and decoding are told apart."""
     store_request(m, c.note[S.PHASE], c.real[S.REQUEST])
-    c.real[S.REQUEST] = 0.0
-    m.dots_N[:] = 0.0
+    for l in range(c.layer.shape[1]):
+        for e in range(c.layer[S.EXPERTS, l]):
+            c.real[S.REQUEST, l, e] = 0.0
+    for j in range(len(m.dots_N)):
+        m.dots_N[j] = 0.0
     c.note[S.PHASE] = phase
     c.note[S.ROWS] = 0
     c.note[S.BEST] = -1

@@ -11,31 +11,32 @@ import numpy as np
 from moesaic.core.compiled import compiled
 from moesaic.trace import hardware as H
 from moesaic.trace.policies import state as S
+from moesaic.trace.policies.inlined import inlined
 
 MOST = 10
 """Misses up to which the makespan rule looks at all 2**MOST assignments."""
 
 
-@compiled
+@inlined
 def t_move(hw, size):
     return hw[H.LINK_WAIT] + size / hw[H.LINK_BW]
 
 
-@compiled
+@inlined
 def t_gpu(hw, n, size):
     if n == 0:
         return 0.0
     return hw[H.DEVICE_WAIT] + max(size / hw[H.DEVICE_BW], n * 2.0 * size / hw[H.WIDTH] / hw[H.DEVICE_FLOPS])
 
 
-@compiled
+@inlined
 def t_cpu(hw, n, size):
     if hw[H.HOST_FLOPS] == 0.0 or hw[H.HOST_BW] == 0.0:
         return np.inf
     return hw[H.HOST_WAIT] + max(size / hw[H.HOST_BW], n * 2.0 * size / hw[H.WIDTH] / hw[H.HOST_FLOPS])
 
 
-@compiled
+@inlined
 def timelines(c, hw, l, n, late):
     """Seconds until the layer's last expert is done, and those that the link is busy.
 
@@ -168,7 +169,7 @@ def _shortest(c, hw, l, n):
             c.event[S.ON_HOST, i] = 1
 
 
-@compiled
+@inlined
 def choose_where(c, hw, l, n, tokens):
     """Mark in event[ON_HOST] what runs on the host, by the policy's rule. Without a host, nothing does."""
     where = c.note[S.WHERE]
