@@ -1,7 +1,7 @@
 """`calibrate`: a text through a model once, with every statistic asked for; saved as it goes, resumed where it stopped.
 
-Where the statistics of all layers do not fit in memory, layers are taken in groups: one pass per group, which ends behind
-the group's last layer.
+Where the statistics of all layers do not fit in memory, layers are taken in groups, each of which goes on from the hidden
+states that the group before left on disk (relay.py).
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from moesaic.trace import corpus
 from moesaic.trace.calibration import tiers as tier
 from moesaic.trace.calibration.backward import Backward
 from moesaic.trace.calibration.collect import Collector, Enough
+from moesaic.trace.calibration.relay import Relay, Stop
 from moesaic.trace.calibration.store import (
     FEATURES,
     Calibration,
@@ -172,6 +173,7 @@ class _Run:
         self.trace, self.trace_options, self.save_seconds = trace, trace_options, SAVE_SECONDS
         self.tokens = sum(len(piece.ids) for piece in found)
         self.pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+        self.relay = Relay(blocks, groups, out / "relay")
 
     def go(self) -> None:
         done = self.header.progress
@@ -190,6 +192,8 @@ class _Run:
                 done |= {"group": number + 1, "pieces_done": 0, "complete": last}
                 done["tokens"] = self.tokens
                 self._save(f"state-{number + 1}-0", sums)
+                self.relay.drop(number)
+        self.relay.close()
 
     def _held(self, layers: list[int]) -> dict[int, dict[str, Statistics]]:
         held = Calibration(self.out, self.header)
@@ -215,7 +219,21 @@ class _Run:
 
     def _forward(self, number, layers, sums, tiers, recorder, features, stack) -> None:
         done, first = self.header.progress, int(self.header.progress["pieces_done"])
-        stop = recorder is None and layers[-1] < len(self.blocks) - 1
+
+        def run(model: Any, ids_BN: torch.Tensor, mask_BN: torch.Tensor) -> None:
+            try:
+                corpus.forward(model, ids_BN, mask_BN)
+            except (Enough, Stop):
+                return
+
+        if recorder is None and number:
+            batch = next(corpus.batches(self.found, self.size, self.pad))
+            self.relay.batch(batch.pieces)
+            device = next(self.blocks.model.parameters()).device
+            ids_BN, mask_BN = batch.ids_BN.to(device), batch.mask_BN.to(device)
+            self.relay.check(number, lambda: run(self.blocks.model, ids_BN, mask_BN))
+        stop = recorder is None and layers[-1] < len(self.blocks) - 1 and self.relay.broken
+        stack.enter_context(self.relay.group(number, relayed=recorder is None))
         options = {"by_domain": self.by_domain, "every": self.every, "features": features, "stop": stop}
         collector = stack.enter_context(Collector(self.blocks, tiers, layers, **options))
         collector.sums = sums
@@ -225,6 +243,7 @@ class _Run:
 
         def before(batch: corpus.Batch) -> None:
             collector.domains = batch.domains
+            self.relay.batch(batch.pieces)
             if recorder is not None:
                 recorder.domain = batch.domains
 
@@ -244,12 +263,6 @@ class _Run:
                 done["tokens"] = tokens
                 self._save(f"state-{number}-{batch.pieces}", sums)
                 saved = time.monotonic()
-
-        def run(model: Any, ids_BN: torch.Tensor, mask_BN: torch.Tensor) -> None:
-            try:
-                corpus.forward(model, ids_BN, mask_BN)
-            except Enough:
-                return
 
         corpus.read(
             self.blocks.model, self.found, size=self.size, pad=self.pad, first=first, before=before, after=after, run=run
