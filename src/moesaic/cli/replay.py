@@ -81,7 +81,7 @@ def replay(
     quiet = not progress_console.is_terminal
     columns = (TextColumn("replay {task.description}"), BarColumn(), TextColumn("{task.completed:,.0f} tokens"))
     with Progress(*columns, TimeRemainingColumn(), console=progress_console, transient=True, disable=quiet) as bar:
-        task = bar.add_task("", total=None)
+        task = bar.add_task("(the first use compiles: half a minute)", total=None)
 
         def progress(what: str, done: int, total: int) -> None:
             bar.update(task, description=what, completed=done, total=total)

@@ -8,9 +8,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from moesaic.core.compiled import compiled
 from moesaic.core.errors import BadInput
 from moesaic.trace.file import Trace
+from moesaic.trace.policies.loops import compiled
 
 EMPTY = 65535
 """The id of an empty slot in a block."""

@@ -14,7 +14,7 @@ from moesaic.core.errors import BadInput, MissingNeed
 from moesaic.trace import simulate as sim
 from moesaic.trace.file import Trace
 from moesaic.trace.hardware import Hardware
-from moesaic.trace.order import Order, apart, in_order, next_uses, read, wide
+from moesaic.trace.order import Block, Order, apart, in_order, next_uses, read, wide
 from moesaic.trace.policies import state as S
 from moesaic.trace.policies.history import History
 from moesaic.trace.policies.policy import Policy, Shape
@@ -189,9 +189,7 @@ def replay(
         trace = Trace(trace.header, {**trace.columns, "experts": given.experts_TLK}, trace.path)
     run = _Run(trace, order, built, hardware, resident_bytes)
     preloaded = int((shape.bytes_L * built.state.layer[S.FILLED]).sum())
-    before = clock.perf_counter()
-    run.all(given.guess_TLM, given.demand_WL, progress)
-    took = clock.perf_counter() - before
+    took = run.all(given.guess_TLM, given.demand_WL, progress)
     notes = list(given.notes)
     if built.learns and built.history is not None:
         notes.append(f"learnt from {built.history.label}")
@@ -214,25 +212,35 @@ class _Run:
         self.hw = hardware.array(dense / len(trace.layers))
         self.next_TLK = next_uses(trace, order) if "future" in policy.needs else np.zeros((0, 1, 1), np.int32)
 
-    def all(self, guess_TLM: np.ndarray | None, demand_WL: np.ndarray | None, progress: Progress | None) -> None:
-        trace, policy, done = self.trace, self.policy, 0
-        none_TLM, none_TLE = np.zeros((0, 1, 1), np.uint16), np.zeros((0, 1, 1), np.float32)
-        logits_TLE = trace.logits_TLE if "scores" in policy.needs else None
-        ahead_TLAM = trace.ahead_TLAM if policy.state.note[S.SOURCE] in (S.AHEAD, S.IMPACT) else None
-        for block in self.order.blocks(trace):
-            rows = slice(done, done + len(block.rows_T))
-            sim.drive(
-                policy.state, policy.memory, self.hw, block.ids_TLK, block.starts_N1, block.fresh_N, block.steps,
-                self.next_TLK[rows] if len(self.next_TLK) else self.next_TLK,
-                none_TLE if logits_TLE is None else read(logits_TLE, block.rows_T).astype(np.float32),
-                none_TLM[..., None] if ahead_TLAM is None else wide(read(ahead_TLAM, block.rows_T)),
-                none_TLM if guess_TLM is None else guess_TLM[rows],
-                np.zeros((0, 1)) if demand_WL is None else demand_WL,
-                self.count_CL, self.time, self.mark,
-            )  # fmt: skip
+    def all(self, guess_TLM: np.ndarray | None, demand_WL: np.ndarray | None, progress: Progress | None) -> float:
+        """Replay every block; seconds that it took, without those of compiling at first use."""
+        layers, slots = self.trace.experts_TLK.shape[1:]
+        nothing = Block(
+            np.zeros(0, np.int64), np.zeros((0, layers, slots), np.uint16), np.zeros(1, np.int64), np.zeros(0, bool), 0
+        )
+        self._drive(nothing, None, None, 0)
+        before, done = clock.perf_counter(), 0
+        for block in self.order.blocks(self.trace):
+            self._drive(block, guess_TLM, demand_WL, done)
             done += int(block.starts_N1[block.steps])
             if progress:
                 progress(done, len(self.order.rows_T))
+        return clock.perf_counter() - before
+
+    def _drive(self, block: Block, guess_TLM: np.ndarray | None, demand_WL: np.ndarray | None, done: int) -> None:
+        trace, policy, rows = self.trace, self.policy, slice(done, done + len(block.rows_T))
+        none_TLM, none_TLE = np.zeros((0, 1, 1), np.uint16), np.zeros((0, 1, 1), np.float32)
+        logits_TLE = trace.logits_TLE if "scores" in policy.needs else None
+        ahead_TLAM = trace.ahead_TLAM if policy.state.note[S.SOURCE] in (S.AHEAD, S.IMPACT) else None
+        sim.drive(
+            policy.state, policy.memory, self.hw, block.ids_TLK, block.starts_N1, block.fresh_N, block.steps,
+            self.next_TLK[rows] if len(self.next_TLK) else self.next_TLK,
+            none_TLE if logits_TLE is None else read(logits_TLE, block.rows_T).astype(np.float32),
+            none_TLM[..., None] if ahead_TLAM is None else wide(read(ahead_TLAM, block.rows_T)),
+            none_TLM if guess_TLM is None else guess_TLM[rows],
+            np.zeros((0, 1)) if demand_WL is None else demand_WL,
+            self.count_CL, self.time, self.mark,
+        )  # fmt: skip
 
     def unused(self) -> int:
         """Bytes of guesses that nothing has used by the end."""

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 
-from moesaic.core.compiled import compiled
 from moesaic.trace import hardware as H
 from moesaic.trace.order import EMPTY, NEVER
 from moesaic.trace.policies import state as S
 from moesaic.trace.policies.allocation import highest_averages
 from moesaic.trace.policies.cache import arrived, reserve, resize
 from moesaic.trace.policies.engine import begin_step, decide, next_fetch, plan, skip_layer
-from moesaic.trace.policies.inlined import inlined
+from moesaic.trace.policies.loops import compiled, inlined
 from moesaic.trace.policies.schedule import t_gpu, timelines
 
 (ACCESSES, HITS, FIRST_HITS, WARM, LOADS, STREAMS, HOSTS, LATES, EVICTIONS, DEMANDED, FETCHED, CHOICES, COUNTS) = range(13)

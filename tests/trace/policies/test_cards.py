@@ -487,3 +487,16 @@ def test_lfu_with_a_half_life_turns_to_new_habits():
     assert short > plain
     with pytest.raises(BadInput, match="half_life"):
         build("lfu", half_life=3, while_resident=True)
+
+
+def test_arcs_lists_stay_whole_under_prefetch():
+    trace = trace_of(12, tokens=120, experts=16)
+    policy = build("fate", shallow=0, extra=1)
+    run(trace, policy, 15, HOST.with_(link_bytes_per_second=3e10), resident_bytes=3e6)
+    c = policy.state
+    here = (c.cell[S.RESIDENT] == S.HERE) | (c.cell[S.RESIDENT] == S.COMING)
+    np.testing.assert_array_equal(here, (c.cell[S.PART] == 1) | (c.cell[S.PART] == 2))
+    for part in range(1, 5):
+        assert c.layer[S.PARTS + part].tolist() == (c.cell[S.PART] == part).sum(1).tolist()
+    size = c.group[S.CAPACITY] // SIZE
+    assert (c.layer[S.PARTS + 1 : S.PARTS + 5].sum(0) <= 2 * size).all()

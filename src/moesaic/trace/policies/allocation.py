@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from moesaic.core.compiled import compiled
+from moesaic.trace.policies.loops import compiled
 
 Method = Literal["largest_remainder", "highest_averages"]
 

@@ -6,17 +6,21 @@ factor[TARGET] is the size that T1 aims at. The oldest of a list is the one with
 
 from __future__ import annotations
 
-from moesaic.core.compiled import compiled
 from moesaic.trace.policies import state as S
+from moesaic.trace.policies.loops import compiled
 
 
 @compiled
 def _count(c, l, part):
-    n = 0
-    for e in range(c.layer[S.EXPERTS, l]):
-        if c.cell[S.PART, l, e] == part:
-            n += 1
-    return n
+    return c.layer[S.PARTS + part, l]
+
+
+@compiled
+def move_to(c, l, e, part):
+    """Put an expert on another list."""
+    c.layer[S.PARTS + c.cell[S.PART, l, e], l] -= 1
+    c.layer[S.PARTS + part, l] += 1
+    c.cell[S.PART, l, e] = part
 
 
 @compiled
@@ -40,7 +44,7 @@ def arc_hit(c, l, e, hit):
     """Move a used expert to T2 on a hit; on a ghost hit, shift the split. Called before room is made for a miss."""
     part = c.cell[S.PART, l, e]
     if hit:
-        c.cell[S.PART, l, e] = 2
+        move_to(c, l, e, 2)
     elif part == 3 or part == 4:
         size = c.group[S.CAPACITY, c.layer[S.GROUP, l]] // c.layer[S.BYTES, l]
         once, twice = _count(c, l, 3), _count(c, l, 4)
@@ -65,7 +69,7 @@ def arc_victim(c, l, e, before, guarded):
         out = _oldest(c, l, 3 - first, before, guarded)
         no_ghost = False
     if out >= 0:
-        c.cell[S.PART, l, out] = 0 if no_ghost else c.cell[S.PART, l, out] + 2
+        move_to(c, l, out, 0 if no_ghost else c.cell[S.PART, l, out] + 2)
     return out
 
 
@@ -74,16 +78,16 @@ def arc_admit(c, l, e):
     """Put an admitted expert on its list: T2 when it comes back from the ghosts, else T1; then trim the ghosts."""
     size = c.group[S.CAPACITY, c.layer[S.GROUP, l]] // c.layer[S.BYTES, l]
     part = c.cell[S.PART, l, e]
-    c.cell[S.PART, l, e] = 2 if part >= 2 else 1
+    move_to(c, l, e, 2 if part >= 2 else 1)
     while _count(c, l, 1) + _count(c, l, 3) > size:
         ghost = _oldest(c, l, 3, 0, 0)
         if ghost < 0:
             break
-        c.cell[S.PART, l, ghost] = 0
+        move_to(c, l, ghost, 0)
     while _count(c, l, 1) + _count(c, l, 2) + _count(c, l, 3) + _count(c, l, 4) > 2 * size:
         ghost = _oldest(c, l, 4, 0, 0)
         if ghost < 0:
             ghost = _oldest(c, l, 3, 0, 0)
         if ghost < 0:
             break
-        c.cell[S.PART, l, ghost] = 0
+        move_to(c, l, ghost, 0)

@@ -7,10 +7,9 @@ for what is believed to be used soon.
 
 from __future__ import annotations
 
-from moesaic.core.compiled import compiled
 from moesaic.trace.policies import state as S
-from moesaic.trace.policies.arc import arc_admit, arc_hit, arc_victim
-from moesaic.trace.policies.inlined import inlined
+from moesaic.trace.policies.arc import arc_admit, arc_hit, arc_victim, move_to
+from moesaic.trace.policies.loops import compiled, inlined
 
 DEMAND = 1 << 61
 """Added to what is guarded where the model waits: no guard counts then."""
@@ -34,6 +33,8 @@ def drop(c, l, e):
         if c.note[S.RULE] == S.SEGMENTS and c.cell[S.PART, l, e] == 2:
             c.group[S.PART_BYTES, group] -= size
             c.cell[S.PART, l, e] = 0
+        elif c.note[S.RULE] == S.ARC and 1 <= c.cell[S.PART, l, e] <= 2:
+            move_to(c, l, e, 0)  # turned back before it came
     c.cell[S.RESIDENT, l, e] = S.ABSENT
     c.layer[S.STALE, l] = 1
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from moesaic.core.compiled import compiled
 from moesaic.trace.policies import state as S
 from moesaic.trace.policies.cache import bring_in, look_up, settle, touch
-from moesaic.trace.policies.inlined import inlined
 from moesaic.trace.policies.learned import EPSILON, begin_request, follow_path, observe_request, smooth_scores
+from moesaic.trace.policies.loops import compiled, inlined
 from moesaic.trace.policies.schedule import choose_where, two_ended
 
 

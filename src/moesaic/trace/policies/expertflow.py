@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from moesaic.core.compiled import compiled
 from moesaic.core.errors import BadInput, MissingNeed
 from moesaic.core.registry import register
 from moesaic.trace.order import EMPTY, Order, wide
 from moesaic.trace.policies import state as S
+from moesaic.trace.policies.loops import compiled
 from moesaic.trace.policies.policy import Policy, Replayed
 from moesaic.trace.policies.regroup import regrouped
 

@@ -6,10 +6,10 @@ from functools import cached_property
 
 import numpy as np
 
-from moesaic.core.compiled import compiled
 from moesaic.trace.file import Trace
 from moesaic.trace.order import EMPTY, Order
 from moesaic.trace.policies.learned import mix, path_key
+from moesaic.trace.policies.loops import compiled
 
 
 class History:

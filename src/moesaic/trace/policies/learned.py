@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from moesaic.core.compiled import compiled
 from moesaic.trace.policies import state as S
+from moesaic.trace.policies.loops import compiled
 
 EPSILON = 1e-6
 MASK = (1 << 31) - 1

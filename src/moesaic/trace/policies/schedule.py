@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from moesaic.core.compiled import compiled
 from moesaic.trace import hardware as H
 from moesaic.trace.policies import state as S
-from moesaic.trace.policies.inlined import inlined
+from moesaic.trace.policies.loops import compiled, inlined
 
 MOST = 10
 """Misses up to which the makespan rule looks at all 2**MOST assignments."""

@@ -17,8 +17,8 @@ KEEP, REQUEST, REALS = range(3)
 RESIDENT, STAMPED, USED_AT, GUARD, SEEN, GUESS, FIXED, PART, SLOT, PLACE, WANT, VOTED, CELLS = range(13)
 # State.factor [row, L]: by how much a layer's worths count; least worth of a layer (while not stale); layer's own number.
 SCALE, LOW, TARGET, FACTORS = range(4)
-# State.layer [row, L]
-EXPERTS, BYTES, GROUP, FILLED, GUESSES, LOW_STAMP, LOW_AT, STALE, WANTED, LAYERS = range(10)
+# State.layer [row, L]; five rows from PARTS on: how many experts are on each of ARC's lists
+EXPERTS, BYTES, GROUP, FILLED, GUESSES, LOW_STAMP, LOW_AT, STALE, WANTED, PARTS, LAYERS = 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 14
 # State.group [row, G], bytes
 CAPACITY, ROOM, PART_BYTES, GROUPS = range(4)
 # State.score [2, E]: router scores of the event, and room to add up in
