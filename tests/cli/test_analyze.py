@@ -27,6 +27,7 @@ def recorded(seed=0, experts=8, layers=3, tokens=600, **options):
     x = np.argsort(rng.random((tokens, layers, experts)), -1)[..., :2]
     kind = {"lengths": [tokens // 6] * 6, "domain_S": [0, 1] * 3, "domains": ["prose", "code"]}
     kind |= {"tokens_T": np.arange(tokens) % 3, "weights_TLK": np.tile([0.7, 0.3], (tokens, layers, 1))}
+    kind["ahead_TLAM"] = np.tile(np.arange(4) % experts, (tokens, layers, 1, 1))
     return from_arrays(x, experts, **(kind | options))
 
 

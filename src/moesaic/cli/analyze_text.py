@@ -187,6 +187,17 @@ def of_affinity(a: Any, trace: Any) -> str:
     )
 
 
+def of_foresight(f: Any, trace: Any) -> str:
+    ahead, before, usual, chance = (
+        mean(table) for table in (f.ahead_LAW[1:, 0, 0], f.previous_LW[1:, 0], f.frequent_LW[1:, 0], f.chance_LW[1:, 0])
+    )
+    more = f", {mean(f.ahead_LAW[1:, 0, 1]):.0%} with {f.widths_W[1]}" if len(f.widths_W) > 1 else ""
+    return (
+        f"[bold]Foresight[/bold]: a layer's router, run on the layer before it, names {ahead:.0%} of the choices{more}; the "
+        f"token before names {before:.0%}, the most used experts {usual:.0%}, chance {chance:.0%}."
+    )
+
+
 def of_coactivation(c: Any, trace: Any) -> str:
     best = [(layer, *pair) for layer in range(len(c.tokens_L)) for pair in c.strongest(layer, 1)]
     if not best:
@@ -242,6 +253,7 @@ SENTENCES: dict[str, Callable[[Any, Any], str]] = {
     "sch": of_sch,
     "reuse": of_reuse,
     "affinity": of_affinity,
+    "foresight": of_foresight,
     "coactivation": of_coactivation,
     "specialisation": of_specialisation,
     "drops": of_drops,

@@ -19,17 +19,19 @@ NAMES = [entry.name for entry in registry.entries("statistics")]
 
 
 def weighed(trace):
-    """The trace with weights and logits, so that every measure has what it reads."""
+    """The trace with weights, logits and look-ahead, so that every measure has what it reads."""
     rng = np.random.default_rng(0)
     tokens, layers, slots = trace.experts_TLK.shape
     columns = dict(trace.columns) | {"weights": rng.random((tokens, layers, slots)).astype(np.float16)}
     columns["logits"] = rng.normal(size=(tokens, layers, trace.num_experts)).astype(np.float16)
+    named = np.argsort(rng.random((tokens, layers, 2, int(trace.experts_L.min()))), -1)[..., : 2 * slots]
+    columns["ahead"] = named.astype(trace.experts_TLK.dtype)
     return Trace(trace.header, columns)
 
 
 def test_the_family_is_complete():
     assert set(NAMES) >= {
-        "affinity", "balance", "coactivation", "drops", "load", "margin", "reuse", "saturation", "sch", "specialisation", "srp",
+        "affinity", "balance", "coactivation", "drops", "foresight", "load", "margin", "reuse", "saturation", "sch", "specialisation", "srp",
     }  # fmt: skip
     for entry in registry.entries("statistics"):
         assert entry.build.__module__ == f"moesaic.trace.statistics.{entry.name}"
