@@ -31,7 +31,8 @@ def weighed(trace):
 
 def test_the_family_is_complete():
     assert set(NAMES) >= {
-        "affinity", "balance", "coactivation", "drops", "foresight", "load", "margin", "reuse", "saturation", "sch", "specialisation", "srp",
+        "affinity", "balance", "coactivation", "drops", "foresight", "load", "margin", "reuse", "saturation", "sch",
+        "specialisation", "srp",
     }  # fmt: skip
     for entry in registry.entries("statistics"):
         assert entry.build.__module__ == f"moesaic.trace.statistics.{entry.name}"
