@@ -81,6 +81,8 @@ class Hardware:
             raise BadInput(f"{name}: no machine profile ({error}): make one with `moesaic bench machine`") from error
         link = profile.get("link_bytes_per_second") if cuda else profile.get("disk_bytes_per_second")
         made = Hardware(name, device_bytes_per_second=read, device_flops=max(flops, float(profile.get("float32_flops", 0))))
+        if link is None:
+            made = made.with_(name=f"{name} (its link was not measured: {made.link_bytes_per_second / 1e9:g} GB/s is stated)")
         made = made.with_(link_bytes_per_second=link)
         return made if cuda else made.with_(device_latency_seconds=1e-6, link_latency_seconds=1e-4)
 

@@ -164,6 +164,8 @@ def test_impossible_hardware_is_refused(change):
 def test_profiles_of_machines():
     cpu = Hardware.of_profile({"read_bytes_per_second": 3e10, "bfloat16_flops": 4e11, "disk_bytes_per_second": 2e9}, "here")
     assert (cpu.link_bytes_per_second, cpu.device_bytes_per_second, cpu.host_flops) == (2e9, 3e10, 0)
+    gpu = Hardware.of_profile({"read_bytes_per_second": 3e12, "bfloat16_flops": 4e14, "machine": {"gpu": "one"}}, "there")
+    assert "not measured" in gpu.name and gpu.link_bytes_per_second == 25e9
     with pytest.raises(BadInput, match="bench machine"):
         Hardware.of_profile({}, "nothing")
     assert KNOWN["pcie4"].t_cpu(1, SIZE) < np.inf == cpu.t_cpu(1, SIZE)

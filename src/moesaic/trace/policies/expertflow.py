@@ -63,7 +63,7 @@ class ExpertFlow(Policy):
             if held.tokens_T is None:
                 raise MissingNeed(f"policy expertflow reads token ids, which {held.name} lacks: record it with `moesaic trace`")
         if self._guess is None or self._guess[0] is not trace:
-            from moesaic.trace.policies import path_predictor
+            from moesaic.trace import path_predictor
 
             if self._predictor is None:
                 sequences = np.unique(self.history.trace.sequence_T[self.history.order.rows_T])
