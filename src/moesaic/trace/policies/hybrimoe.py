@@ -1,7 +1,7 @@
-"""HybriMoE: keep by smoothed top scores (MRS), split a layer between device and host by a simulated schedule, prefetch
-what shortens coming schedules most.
+"""HybriMoE: smoothed top scores keep an expert, a simulated schedule says who computes it and what to fetch ahead.
 
-Card serving-and-scale.md, "HybriMoE: simulated CPU-GPU schedule per layer".
+Card serving-and-scale.md, "HybriMoE: simulated CPU-GPU schedule per layer". Prefetch follows the paper: what shortens the
+coming schedules most. In passes of many tokens the scores are means over them.
 """
 
 from __future__ import annotations
