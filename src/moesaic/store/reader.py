@@ -1,0 +1,320 @@
+"""Byte ranges of files into memory: several reads in flight, demand before prefetch, and never a silent short read.
+
+Who owns the page cache is a choice. `direct` goes past it (O_DIRECT, aligned, through a small buffer), so that only our
+own cache holds weights; `keep` lets the kernel cache what is read, right when memory is free; `drop` reads through it and
+asks the kernel to forget. Where a file system knows no O_DIRECT, `direct` becomes `drop`, and `page_cache` says so.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import mmap
+import os
+import threading
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from moesaic.core.errors import BadInput, MoesaicError
+from moesaic.store.table import Range
+
+PageCache = Literal["direct", "keep", "drop"]
+
+ALIGNMENT = 4096
+"""Bytes of which O_DIRECT wants offset, length and address to be multiples; covers every block size in use."""
+
+CHUNK = 4 << 20
+"""Bytes of one read: long enough for full bandwidth, short enough for several threads to share one matrix."""
+
+DEMAND, PREFETCH = 0, 1
+
+
+class ReadFailed(MoesaicError):
+    """A read that failed, came up short or never returned; names file, offset and tensor."""
+
+
+@dataclass
+class Counters:
+    """What a reader did: bytes asked for and delivered, reads issued, and seconds its threads spent in them."""
+
+    bytes: int = 0
+    reads: int = 0
+    seconds: float = 0.0
+
+
+@dataclass
+class _Job:
+    """One read of at most CHUNK bytes."""
+
+    ticket: Ticket
+    source: Range
+    start: int
+    target: np.ndarray
+    state: str = "waiting"
+
+
+class Ticket:
+    """Some ranges on their way into memory. `wait` before they are looked at."""
+
+    def __init__(self, reader: Reader) -> None:
+        self._reader = reader
+        self._jobs: list[_Job] = []
+        self._left = 0
+        self._error: ReadFailed | None = None
+        self._urgent = True
+
+    @property
+    def done(self) -> bool:
+        """Whether `wait` would return, or raise, at once."""
+        return self._left == 0 or self._error is not None
+
+    def wait(self) -> float:
+        """Seconds waited until all bytes are there. Raises ReadFailed."""
+        return self._reader._wait(self)
+
+    def hurry(self) -> None:
+        """A prefetch is wanted now: its reads go before every other prefetch."""
+        self._reader._hurry(self)
+
+    def cancel(self) -> None:
+        """Take back what has not begun, and return when nothing more will be written (at most a chunk per thread)."""
+        self._reader._cancel(self)
+
+
+class Reader:
+    """Reads ranges with `threads` reads in flight; a read that takes longer than `timeout` seconds is an error.
+
+    `read_at(fd, buffers, offset)` is `os.preadv`, or a test's stand-in. Close it, or use it in a `with` block.
+    """
+
+    def __init__(
+        self,
+        page_cache: PageCache = "direct",
+        threads: int = 4,
+        timeout: float = 60.0,
+        read_at: Callable[[int, Sequence[Any], int], int] | None = None,
+    ) -> None:
+        if page_cache not in get_args(PageCache):
+            raise BadInput(f"page cache {page_cache!r}: one of {', '.join(get_args(PageCache))}")
+        if threads < 1 or not timeout > 0:
+            raise BadInput(f"a reader of {threads} threads and {timeout} s: give at least 1, and more than 0 s")
+        self.page_cache: PageCache = page_cache
+        self.threads, self.timeout = threads, timeout
+        self.counters = Counters()
+        self._read_at = read_at or getattr(os, "preadv", None) or _pread_into
+        self._files: dict[Path, int] = {}
+        self._queue: list[tuple[int, int, _Job]] = []
+        self._numbers = itertools.count()
+        self._change = threading.Condition()
+        self._workers: list[threading.Thread] = []
+        self._closed = False
+
+    def __enter__(self) -> Reader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Stop the threads and close the files. Reads under way end first, unless they hang."""
+        with self._change:
+            self._closed = True
+            self._queue.clear()
+            self._change.notify_all()
+        hung = False
+        for worker in self._workers:
+            worker.join(1.0)
+            hung = hung or worker.is_alive()
+        if not hung:  # a file that a hung read still uses must not be closed under it
+            for fd in self._files.values():
+                os.close(fd)
+        self._files.clear()
+
+    def fetch(self, pieces: Iterable[tuple[Range, Tensor]], prefetch: bool = False) -> Ticket:
+        """Begin to read each range into its tensor: contiguous, of as many bytes, in the stored dtype.
+
+        The tensors must not be used before `wait` of the ticket returned.
+        """
+        ticket = Ticket(self)
+        ticket._urgent = not prefetch
+        for source, tensor in pieces:
+            target = _bytes_of(tensor)
+            if target.nbytes != source.nbytes:
+                raise BadInput(f"{source.name}: {source.nbytes} bytes do not fit a tensor of {target.nbytes}")
+            for at in range(0, source.nbytes, CHUNK):
+                ticket._jobs.append(_Job(ticket, source, source.start + at, target[at : at + CHUNK]))
+        with self._change:
+            if self._closed:
+                raise ReadFailed("the reader is closed")
+            ticket._left = len(ticket._jobs)
+            for job in ticket._jobs:
+                heapq.heappush(self._queue, (PREFETCH if prefetch else DEMAND, next(self._numbers), job))
+            if ticket._jobs and len(self._workers) < self.threads:
+                self._start()
+            self._change.notify_all()
+        return ticket
+
+    def read(self, source: Range) -> Tensor:
+        """A range as a tensor of its own."""
+        made = torch.empty(source.shape, dtype=source.dtype)
+        self.fetch([(source, made)]).wait()
+        return made
+
+    def _start(self) -> None:
+        for _ in range(self.threads):
+            worker = threading.Thread(target=self._work, name="moesaic-read", daemon=True)
+            self._workers.append(worker)
+            worker.start()
+
+    def _wait(self, ticket: Ticket) -> float:
+        began = time.perf_counter()
+        with self._change:
+            seen, still = self.counters.reads, began
+            while not ticket.done:
+                self._change.wait(min(1.0, self.timeout))
+                now = time.perf_counter()
+                if self.counters.reads != seen:  # others' reads go first: the device is alive
+                    seen, still = self.counters.reads, now
+                elif now - still > self.timeout and not ticket.done:
+                    job = next(job for job in ticket._jobs if job.state in ("waiting", "reading"))
+                    self._fail(ticket, f"{_where(job)}: no answer for {self.timeout:g} s")
+            if ticket._error is not None:
+                raise ticket._error
+        return time.perf_counter() - began
+
+    def _hurry(self, ticket: Ticket) -> None:
+        with self._change:
+            if not ticket._urgent:
+                ticket._urgent = True
+                self._queue = [(DEMAND if job.ticket is ticket else rank, n, job) for rank, n, job in self._queue]
+                heapq.heapify(self._queue)
+
+    def _cancel(self, ticket: Ticket) -> None:
+        with self._change:
+            self._queue = [item for item in self._queue if item[2].ticket is not ticket]
+            heapq.heapify(self._queue)
+            while any(job.state in ("reading", "copying") for job in ticket._jobs):
+                self._change.wait(0.05)
+            self._fail(ticket, "cancelled")
+
+    def _fail(self, ticket: Ticket, why: str) -> None:
+        if ticket._error is None:
+            ticket._error = ReadFailed(why)
+        for job in ticket._jobs:
+            if job.state in ("waiting", "reading"):
+                job.state = "abandoned"
+        self._change.notify_all()
+
+    def _work(self) -> None:
+        buffer = np.frombuffer(mmap.mmap(-1, CHUNK + 2 * ALIGNMENT), np.uint8) if self.page_cache == "direct" else None
+        while True:
+            with self._change:
+                while not self._queue and not self._closed:
+                    self._change.wait()
+                if self._closed:
+                    return
+                job = heapq.heappop(self._queue)[2]
+                if job.state == "abandoned":
+                    continue
+                job.state = "reading"
+            began = time.perf_counter()
+            try:
+                self._read(job, buffer)
+                why = None
+            except OSError as error:
+                why = f"{_where(job)}: {error.strerror or error}"
+            except ReadFailed as error:
+                why = str(error)
+            with self._change:
+                self.counters.seconds += time.perf_counter() - began
+                self.counters.reads += 1
+                if why is not None:
+                    self._fail(job.ticket, why)
+                elif job.state in ("reading", "copying"):
+                    job.state = "done"
+                    self.counters.bytes += job.target.nbytes
+                    job.ticket._left -= 1
+                else:
+                    job.state = "dropped"
+                if job.ticket.done:
+                    self._change.notify_all()
+
+    def _read(self, job: _Job, buffer: np.ndarray | None) -> None:
+        fd, size = self._open(job.source.path), job.target.nbytes
+        if buffer is None or self.page_cache != "direct":
+            self._fill(job, fd, job.target, job.start, size)
+            if self.page_cache == "drop" and hasattr(os, "posix_fadvise"):
+                os.posix_fadvise(fd, job.start, size, os.POSIX_FADV_DONTNEED)
+            return
+        skip = job.start % ALIGNMENT
+        room = -(-(skip + size) // ALIGNMENT) * ALIGNMENT
+        self._fill(job, fd, buffer[:room], job.start - skip, skip + size)
+        with self._change:
+            if job.state == "abandoned":  # whoever gave up may have given the memory to somebody else
+                return
+            job.state = "copying"
+        job.target[:] = buffer[skip : skip + size]
+
+    def _fill(self, job: _Job, fd: int, room: np.ndarray, offset: int, needed: int) -> None:
+        done = 0
+        while done < needed:
+            got = self._read_at(fd, [room[done:].data], offset + done)
+            if got <= 0:
+                raise ReadFailed(f"{_where(job)}: the file ends {needed - done} bytes early; it was cut short or replaced")
+            done += got
+
+    def _open(self, path: Path) -> int:
+        with self._change:
+            if path not in self._files:
+                self._files[path] = self._open_anew(path)
+            return self._files[path]
+
+    def _open_anew(self, path: Path) -> int:
+        plain = os.O_RDONLY | getattr(os, "O_BINARY", 0)
+        if self.page_cache == "direct":
+            try:
+                fd = os.open(path, plain | os.O_DIRECT)
+            except (OSError, AttributeError) as error:
+                if isinstance(error, FileNotFoundError | PermissionError):
+                    raise
+            else:
+                if _reads_directly(fd):
+                    return fd
+                os.close(fd)
+            self.page_cache = "drop"
+        return os.open(path, plain)
+
+
+def _reads_directly(fd: int) -> bool:
+    """Some file systems open with O_DIRECT and then refuse to read."""
+    try:
+        os.preadv(fd, [mmap.mmap(-1, ALIGNMENT)], 0)
+    except OSError:
+        return False
+    return True
+
+
+def _pread_into(fd: int, buffers: Sequence[Any], offset: int) -> int:
+    """os.preadv where there is none."""
+    data = os.pread(fd, len(buffers[0]), offset)
+    buffers[0][: len(data)] = data
+    return len(data)
+
+
+def _bytes_of(tensor: Tensor) -> np.ndarray:
+    if tensor.device.type != "cpu" or not tensor.is_contiguous():
+        raise BadInput(
+            f"a tensor {list(tensor.shape)} on {tensor.device} cannot be read into: it must be contiguous, on the CPU"
+        )
+    return tensor.detach().reshape(-1).view(torch.uint8).numpy()
+
+
+def _where(job: _Job) -> str:
+    return f"{job.source.path} at byte {job.start} (tensor {job.source.name})"
