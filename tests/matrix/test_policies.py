@@ -17,6 +17,7 @@ from routings import HOST, NAMES, SIZE, build, run, trace_of
 
 from moesaic.core.errors import BadInput, MissingNeed
 from moesaic.trace import simulate as sim
+from moesaic.trace.file import from_arrays
 from moesaic.trace.hardware import Hardware
 from moesaic.trace.order import NEVER, in_order, next_uses
 from moesaic.trace.policies import state as S
@@ -220,3 +221,30 @@ def test_without_a_host_nothing_runs_there():
     for name in ("fiddler", "hybrimoe", "llama_cpp"):
         result = run(trace_of(2, tokens=30), name, 6, alone)
         assert result.count[sim.HOSTS] == 0 and result.seconds < np.inf
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_awkward_traces(name):
+    """Layers of unequal numbers of experts, more than 256 of them, empty slots, tokens that a layer does not see."""
+    rng = np.random.default_rng(3)
+    experts = [4, 300, 6]
+    ids = np.stack([rng.integers(0, e, (30, 2)) for e in experts], 1)
+    ids[rng.random(ids.shape) < 0.2] = -1
+    ids[5:9, 2] = -1
+    ahead = np.full((30, 3, 2, 4), 65535)
+    for d in (1, 2):
+        for l in range(3 - d):
+            ahead[:, l, d - 1] = rng.integers(0, experts[l + d], (30, 4))
+    trace = from_arrays(
+        ids, experts, lengths=[10, 1, 19], decode=True, expert_bytes=SIZE, ahead_TLAM=ahead,
+        logits_TLE=rng.normal(size=(30, 3, 300)), tokens_T=rng.integers(0, 9, 30),
+    )  # fmt: skip
+    for slots in (2, 40, 310):
+        policy = build(name)
+        result = run(trace, policy, slots)
+        c = result.count
+        assert c[sim.CHOICES] == (ids >= 0).sum() or name == "pre_gated"
+        assert c[sim.HITS] + c[sim.LOADS] + c[sim.STREAMS] + c[sim.HOSTS] + c[sim.LATES] == c[sim.ACCESSES]
+        held = policy.state.cell[S.RESIDENT] != S.ABSENT
+        assert not held[0, 4:].any() and not held[2, 6:].any()
+        assert policy.used_bytes() <= policy.capacity_bytes
