@@ -64,11 +64,17 @@ def run(x_TD: Tensor, dispatch: Dispatch, weights: Weights, spans: list[Span]) -
 
     The first call on a machine compiles for some seconds; a file cache serves the next process.
     """
+    y_TD = torch.zeros(x_TD.shape, dtype=torch.float32)
+    add(x_TD, dispatch, weights, spans, y_TD)
+    return y_TD.to(x_TD.dtype)
+
+
+def add(x_TD: Tensor, dispatch: Dispatch, weights: Weights, spans: list[Span], y_TD: Tensor) -> None:
+    """Add these spans' weighted outputs to y (fp32). Spans one after another, in however many calls, give the same bits."""
     from moesaic.kernels.compiled import pool
     from moesaic.kernels.compiled.swiglu import swiglu
 
     pool.join()
-    y_TD = torch.zeros(x_TD.shape, dtype=torch.float32)
     swiglu(
         x_TD.detach().float().contiguous().numpy(),
         torch.tensor(spans).numpy(),
@@ -78,7 +84,6 @@ def run(x_TD: Tensor, dispatch: Dispatch, weights: Weights, spans: list[Span]) -
         bits(weights.down),
         y_TD.numpy(),
     )
-    return y_TD.to(x_TD.dtype)
 
 
 def bits(rows: Tensor) -> Any:

@@ -68,6 +68,11 @@ def run(x_TD: Tensor, dispatch: Dispatch, weights: Weights, spans: list[Span]) -
     return forward(x_TD, dispatch.token_S, dispatch.weight_S, weights.gate_up, weights.down, spans)
 
 
+def add(x_TD: Tensor, dispatch: Dispatch, weights: Weights, spans: list[Span], y_TD: Tensor) -> None:
+    """Add these spans' weighted outputs to y (fp32). Spans one after another, in however many calls, give the same bits."""
+    _add(x_TD, dispatch.token_S, dispatch.weight_S, weights.gate_up, weights.down, spans, None, y_TD)
+
+
 def forward(
     x_TD: Tensor,
     token_S: Tensor,
@@ -78,6 +83,21 @@ def forward(
     h_SH: Tensor | None = None,
 ) -> Tensor:
     """`run`, which also leaves the first product in `h_SH` (bf16) where a backward pass will want it."""
+    y_TD = scratch("many_y", x_TD.shape[0], down.shape[1], torch.float32).zero_()
+    _add(x_TD, token_S, weight_S, gate_up, down, spans, h_SH, y_TD)
+    return y_TD.to(x_TD.dtype, copy=True)
+
+
+def _add(
+    x_TD: Tensor,
+    token_S: Tensor,
+    weight_S: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    spans: list[Span],
+    h_SH: Tensor | None,
+    y_TD: Tensor,
+) -> None:
     from moesaic.kernels.compiled import many, pool
 
     cores = pool.join()
@@ -85,7 +105,6 @@ def forward(
     if h_SH is None:
         h_SH = gate_up.new_empty(0, 2 * inner)
     x_TD_bits = few_rows.bits(x_TD.to(torch.bfloat16).contiguous())
-    y_TD = scratch("many_y", x_TD.shape[0], width, torch.float32).zero_()
     most = max(24, PIECE_BYTES // (2 * max(width, inner)) // 24 * 24)
     for pieces in rounds(spans, most, SCRATCH_BYTES // (16 * (width + inner))):
         groups = pieces[-1][3] + _groups(pieces[-1])
@@ -104,7 +123,6 @@ def forward(
             few_rows.bits(h_SH),
             y_TD.numpy(),
         )
-    return y_TD.to(x_TD.dtype, copy=True)
 
 
 Piece = tuple[int, int, int, int]
