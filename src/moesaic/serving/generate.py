@@ -114,7 +114,7 @@ def generate(
     longest = check_fits(model.config, len(prompt_ids))
     room = sampling.max_new_tokens if longest is None else min(sampling.max_new_tokens, longest - len(prompt_ids))
     ids = torch.tensor([prompt_ids], device=next(model.parameters()).device)
-    ends = _end_tokens(model, tokenizer)
+    ends = end_tokens(model, tokenizer)
     streamer = Streamer(tokenizer, on_text)
     torch.manual_seed(sampling.seed)
     began = time.perf_counter()
@@ -139,7 +139,8 @@ def generate(
     return Generation(list(prompt_ids), new_ids, text, streamer.times, time.perf_counter() - began, stopped)
 
 
-def _end_tokens(model: Any, tokenizer: Any) -> list[int]:
+def end_tokens(model: Any, tokenizer: Any) -> list[int]:
+    """The ids that end a text: the generation settings' where they name any, else the tokenizer's."""
     given = getattr(model.generation_config, "eos_token_id", None)
     given = tokenizer.eos_token_id if given is None else given
     return [] if given is None else list(given) if isinstance(given, list | tuple) else [given]

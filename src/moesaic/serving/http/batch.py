@@ -1,0 +1,119 @@
+"""One forward pass for several rows: a batch shares a cache, rows join it and leave it between steps.
+
+B rows, L positions (padded on the left), V vocabulary.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from moesaic.serving.http import cache as caches
+from moesaic.serving.http.jobs import Row
+from moesaic.serving.http.steering import steer
+from moesaic.view import View
+
+
+class Runner:
+    """Calls the model with what its forward takes, under the rows' routing policies."""
+
+    def __init__(self, model: Any, blocks: View | None) -> None:
+        self.model, self.blocks = model, blocks
+        self.device = next(model.parameters()).device
+        self._takes = set(inspect.signature(model.forward).parameters)
+        default = getattr(model, "_supports_default_dynamic_cache", lambda: True)()
+        self._own_cache = default and "past_key_values" in self._takes
+        self.shares = self._own_cache and {"attention_mask", "position_ids"} <= self._takes
+        """Whether rows of different lengths can share a call."""
+
+    def __call__(
+        self, ids_BN: Tensor, mask_BL: Tensor, positions_BN: Tensor, cache: Any, rows: list[Row]
+    ) -> tuple[Tensor, Any]:
+        """Logits [B, V] of the last position, float32 on the CPU, and the cache."""
+        if cache is None and self._own_cache:
+            cache = DynamicCache(config=self.model.config.get_text_config(decoder=True))
+        given = {
+            "input_ids": ids_BN,
+            "attention_mask": mask_BL,
+            "position_ids": positions_BN,
+            "past_key_values": cache,
+            "use_cache": True,
+            "logits_to_keep": 1,
+        }
+        given = {name: value for name, value in given.items() if name in self._takes}
+        with steer(self.blocks, [row.job.steering for row in rows], ids_BN.numel()):
+            output = self.model(**given)
+        cache = getattr(output, "past_key_values", None) if cache is None else cache
+        return output.logits[:, -1].float().cpu(), cache
+
+
+class Batch:
+    """Rows that run in one call. `rows[i]` is row i of the cache."""
+
+    def __init__(self, runner: Runner, rows: list[Row], cache: Any, mask_BL: Tensor) -> None:
+        self.runner, self.rows, self._cache, self._mask_BL = runner, rows, cache, mask_BL
+
+    @classmethod
+    def read(cls, runner: Runner, row: Row, copies: int) -> tuple[Batch, Tensor]:
+        """Read the row's prompt, alone; the batch has `copies` places for it, to be named by `keep`. And its logits [V]."""
+        length = row.length
+        ids_BN = torch.tensor([row.job.prompt_ids], device=runner.device)
+        positions_BN = torch.arange(length, device=runner.device)[None]
+        mask_BL = torch.ones(1, length, dtype=torch.long, device=runner.device)
+        logits_BV, cache = runner(ids_BN, mask_BL, positions_BN, None, [row])
+        return cls(runner, [row] * copies, cache, mask_BL), logits_BV[0]
+
+    @property
+    def joins(self) -> bool:
+        return self.runner.shares and caches.mergeable(self._cache)
+
+    def split(self, rows: list[Row]) -> list[Batch]:
+        """After `read`: a batch for each of these rows, each with a cache of its own."""
+        own = [self._cache, *(caches.duplicate(self._cache) for _ in rows[1:])]
+        return [Batch(self.runner, [row], cache, self._mask_BL) for row, cache in zip(rows, own, strict=False)]
+
+    def spread(self, rows: list[Row]) -> Batch:
+        """After `read`: one batch in which every one of these rows starts from the prompt."""
+        self.rows = rows
+        self._cache = caches.select(self._cache, [0] * len(rows), self._mask_BL.shape[1])
+        self._mask_BL = self._mask_BL.expand(len(rows), -1)
+        return self
+
+    def join(self, other: Batch) -> None:
+        """Take in the rows of another batch."""
+        mine, its = self._mask_BL.shape[1], other._mask_BL.shape[1]
+        self._cache = caches.merge(self._cache, other._cache, mine, its)
+        width = max(mine, its)
+        self._mask_BL = torch.cat([_left(self._mask_BL, width), _left(other._mask_BL, width)])
+        self.rows = self.rows + other.rows
+
+    def step(self) -> Tensor:
+        """Feed each row its last token; logits [B, V]."""
+        ids_B1 = torch.tensor([[row.last] for row in self.rows], device=self.runner.device)
+        positions_B1 = torch.tensor([[row.length] for row in self.rows], device=self.runner.device)
+        mask_BL = torch.cat([self._mask_BL, self._mask_BL.new_ones(len(self.rows), 1)], 1)
+        logits_BV, self._cache = self.runner(ids_B1, mask_BL, positions_B1, self._cache, self.rows)
+        self._mask_BL = mask_BL
+        for row in self.rows:
+            row.length += 1
+        return logits_BV
+
+    def keep(self, wanted: list[bool]) -> None:
+        """Rows that are not wanted leave, and so does padding that only they needed."""
+        if all(wanted):
+            return
+        places = [i for i, stays in enumerate(wanted) if stays]
+        self.rows = [self.rows[i] for i in places]
+        if not places:
+            return
+        width = max(row.length for row in self.rows)
+        self._cache = caches.select(self._cache, places, width)
+        self._mask_BL = self._mask_BL[places, self._mask_BL.shape[1] - width :]
+
+
+def _left(mask_BL: Tensor, width: int) -> Tensor:
+    return torch.nn.functional.pad(mask_BL, (width - mask_BL.shape[1], 0))

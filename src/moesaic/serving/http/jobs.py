@@ -1,0 +1,148 @@
+"""A job is one prompt with n answers; a row is one of those answers while it is being written."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from torch import Tensor
+
+from moesaic.serving.http.errors import ApiError
+from moesaic.serving.http.sampling import Drawn, Options, Sampler
+from moesaic.serving.http.steering import Steering
+from moesaic.serving.http.stops import StopText
+from moesaic.serving.stream import TextPieces
+
+Reason = Literal["stop", "length"]
+_numbers = itertools.count(1)
+
+
+@dataclass(frozen=True)
+class TokenText:
+    """A drawn token for a client that asked for log-probabilities; `start` is where its text begins in the answer."""
+
+    drawn: Drawn
+    start: int
+
+
+@dataclass(frozen=True)
+class Piece:
+    """More text of answer `index`; the last piece has a reason."""
+
+    index: int
+    text: str
+    tokens: tuple[TokenText, ...] = ()
+    reason: Reason | None = None
+
+
+@dataclass(frozen=True)
+class Done:
+    """Every answer of the job is complete."""
+
+    prompt_tokens: int
+    completion_tokens: int
+
+
+@dataclass(frozen=True)
+class Failed:
+    """The job ended without its answers."""
+
+    error: ApiError
+
+
+Event = Piece | Done | Failed
+
+
+@dataclass(eq=False)
+class Job:
+    """What the engine runs. `deliver` is called from the engine's thread and must not block.
+
+    Args:
+        deadline: time.monotonic() after which the job fails.
+        room: tokens that the context leaves for an answer; None when the context has no known end.
+    """
+
+    prompt_ids: list[int]
+    options: Options
+    deliver: Callable[[Event], None]
+    n: int = 1
+    steering: Steering | None = None
+    timeout: float = 600.0
+    room: int | None = None
+    endpoint: str = ""
+    number: int = field(default_factory=lambda: next(_numbers))
+    submitted: float = field(default_factory=time.monotonic)
+    started: float | None = None
+    first_token: float | None = None
+    last_token: float | None = None
+    ended: float | None = None
+    completion_tokens: int = 0
+    unfinished: int = 0
+    cancelled: bool = False
+    outcome: str = "waiting"
+
+    @property
+    def deadline(self) -> float:
+        return self.submitted + self.timeout
+
+    @property
+    def over(self) -> bool:
+        return self.ended is not None
+
+
+class Row:
+    """One answer in the making: its sampler, its text so far, and how many of its tokens the cache holds."""
+
+    def __init__(self, job: Job, index: int, tokenizer: Any, ends: frozenset[int]) -> None:
+        self.job, self.index, self.length = job, index, len(job.prompt_ids)
+        self.last = -1
+        self._ends = frozenset() if job.options.ignore_eos else ends
+        self._sampler = Sampler(job.options, index)
+        self._pieces = TextPieces(tokenizer)
+        self._stops = StopText(job.options.stop)
+        self._left = min(job.options.max_tokens, job.options.max_tokens if job.room is None else job.room)
+        self._seen = self._sent = 0
+        self._tokens: list[TokenText] = []
+
+    def take(self, logits_V: Tensor) -> bool:
+        """Draw a token, hand on the text that became certain; True when the answer is complete."""
+        drawn = self._sampler.draw(logits_V)
+        self.last = drawn.token
+        self._left -= 1
+        ended = drawn.token in self._ends
+        if not ended:
+            if self.job.options.logprobs is not None:
+                self._tokens.append(TokenText(drawn, self._seen))
+            text = self._pieces.push(drawn.token)
+            self._seen += len(text)
+            certain = self._stops.push(text)
+        else:
+            certain = ""
+        reason: Reason | None = None
+        if ended or self._left <= 0:
+            certain += self._rest()
+            reason = "stop" if ended else "length"
+        if self._stops.stopped:
+            reason = "stop"
+        if certain or reason:
+            self._send(certain, reason)
+        return reason is not None
+
+    def _rest(self) -> str:
+        """What the decoder and the stop strings held back, at the end of the answer."""
+        if self._stops.stopped:
+            return ""
+        text = self._pieces.flush()
+        self._seen += len(text)
+        certain = self._stops.push(text)
+        return certain if self._stops.stopped else certain + self._stops.flush()
+
+    def _send(self, text: str, reason: Reason | None) -> None:
+        self._sent += len(text)
+        # A token belongs to the piece that holds the first of its characters; what a stop string took has none.
+        ready = [token for token in self._tokens if token.start < self._sent or (reason and not self._stops.stopped)]
+        self._tokens = self._tokens[len(ready) :]
+        self.job.deliver(Piece(self.index, text, tuple(ready), reason))
