@@ -73,7 +73,7 @@ def test_a_match_looks_at_no_layer_that_was_not_reached():
     """Two stored requests differ in the last layer only: the first two layers cannot tell them apart."""
     one = ids_of(1, 6)
     two = one.copy()
-    two[:, 2] = (one[:, 2] + 3) % 8
+    two[:, 2] = [6, 7]  # of another norm, too
     policy = started("moe_infinity", history=requests(one, two))
     policy.begin_step(fresh=True)
     for l in (0, 1):
@@ -290,8 +290,8 @@ def test_at_equal_frequency_the_layer_that_has_just_run_is_evicted_from():
         policy.event(l, [0, 1])
     policy.state.real[S.KEEP] = 1.0
     policy.begin_step()
-    gone = [tuple(x) for x in policy.event(0, [2, 3]).evicted_M2]
-    assert {layer for layer, _ in gone} == {0}
+    gone = [tuple(x) for x in policy.event(2, [2, 3]).evicted_M2]
+    assert {layer for layer, _ in gone} == {2}, "although layer 0 ran longer ago"
 
 
 # HybriMoE
@@ -500,3 +500,30 @@ def test_arcs_lists_stay_whole_under_prefetch():
         assert c.layer[S.PARTS + part].tolist() == (c.cell[S.PART] == part).sum(1).tolist()
     size = c.group[S.CAPACITY] // SIZE
     assert (c.layer[S.PARTS + 1 : S.PARTS + 5].sum(0) <= 2 * size).all()
+
+
+def test_a_guess_does_not_push_out_what_is_believed_in_too():
+    policy = started("expertflow", 6, oracle=True)
+    policy.begin_step()
+    for l in range(3):
+        policy.event(l, [4, 3])  # 3 is the older one
+    policy.begin_step()
+    policy.event(0, [0, 1])
+    policy.expect(1, [3, 5])
+    fetches = policy.prefetch(9 * SIZE)
+    assert fetches.fetch_N2.tolist()[0] == [1, 5] and fetches.evicted_M2.tolist() == [[1, 4]]
+
+
+def test_a_wrong_guess_is_the_first_to_leave():
+    policy = started("expertflow", 6, oracle=True)
+    policy.begin_step()
+    for l in range(3):
+        policy.event(l, [4, 3])
+    policy.begin_step()
+    policy.event(0, [4, 3])
+    policy.expect(1, [5])
+    assert policy.prefetch(9 * SIZE).fetch_N2.tolist() == [[1, 5]]
+    policy.arrived(1, 5)
+    policy.event(1, [4])  # not 5
+    policy.begin_step()
+    assert policy.event(1, [6]).evicted_M2.tolist() == [[1, 5]]
