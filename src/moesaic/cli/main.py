@@ -7,6 +7,7 @@ import sys
 
 COMMANDS = {
     "run": "generate text with a MoE and see which experts did it",
+    "serve": "an OpenAI-compatible server with a live page",
     "eval": "bits per byte and perplexity per domain",
     "analyze": "statistics of a routing trace: load, locality, specialisation",
     "train": "train a model from a config file",

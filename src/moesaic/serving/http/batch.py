@@ -23,7 +23,7 @@ class Runner:
 
     def __init__(self, model: Any, blocks: View | None) -> None:
         self.model, self.blocks = model, blocks
-        self.device = next(model.parameters()).device
+        self.device = model.get_input_embeddings().weight.device
         self._takes = set(inspect.signature(model.forward).parameters)
         default = getattr(model, "_supports_default_dynamic_cache", lambda: True)()
         self._own_cache = default and "past_key_values" in self._takes

@@ -57,7 +57,7 @@ async def _vectors(service: Service, prompts: list[list[int]]) -> list[Tensor]:
 
 def embed(model: Any, ids: list[int]) -> Tensor:
     """The vector [D] of one text, float32, length 1."""
-    ids_1N = torch.tensor([ids], device=next(model.parameters()).device)
+    ids_1N = torch.tensor([ids], device=model.get_input_embeddings().weight.device)
     base = getattr(model, "base_model", model)
     with torch.inference_mode():
         hidden_ND = base(input_ids=ids_1N, use_cache=False).last_hidden_state[0]

@@ -18,7 +18,7 @@ MARGIN = 5.0
 
 
 class Server(uvicorn.Server):
-    """On SIGINT or SIGTERM: nothing new; running requests have `grace` seconds, then a clean error. A second signal ends all."""
+    """On SIGINT or SIGTERM: nothing new; running requests have `grace` seconds, then a clean error."""
 
     def __init__(self, app: Any, engine: Engine, *, grace: float = 30.0, access_log: bool = False) -> None:
         config = uvicorn.Config(

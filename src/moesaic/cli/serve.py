@@ -1,0 +1,169 @@
+"""`moesaic serve MODEL`: an OpenAI-compatible server over one model, with a live page."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from moesaic.cli.common import Debug, Json, emit, progress_console, single
+from moesaic.cli.loading import open_model
+from moesaic.core.errors import BadInput
+
+
+def serve(
+    model: Annotated[str, typer.Argument(help="A local folder, a hub id, or `bundled`.")] = "bundled",
+    name: Annotated[
+        list[str] | None, typer.Option(help="Name that requests use; may be repeated. Default: the last part of MODEL.")
+    ] = None,
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 is every network.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port; 0 takes a free one.")] = 8000,
+    api_key: Annotated[list[str] | None, typer.Option(help="Key that requests must carry; may be repeated.")] = None,
+    api_key_file: Annotated[
+        Path | None, typer.Option(help="File with a key per line: keeps keys off the command line.")
+    ] = None,
+    max_rows: Annotated[int, typer.Option(help="Answers written at the same time.")] = 16,
+    max_waiting: Annotated[int, typer.Option(help="Requests that may wait; more are refused with 429.")] = 64,
+    max_context: Annotated[
+        int | None, typer.Option(help="Tokens of prompt and answer; default: the model's own limit.")
+    ] = None,
+    max_body: Annotated[int, typer.Option(help="Bytes of a request's body.")] = 4 << 20,
+    timeout: Annotated[float, typer.Option(help="Seconds that a request may take, waiting included.")] = 600.0,
+    write_timeout: Annotated[float, typer.Option(help="Seconds after which a reader that takes nothing is dropped.")] = 60.0,
+    grace: Annotated[float, typer.Option(help="Seconds that running requests have after SIGINT or SIGTERM.")] = 30.0,
+    alone: Annotated[
+        bool, typer.Option("--alone", help="No shared steps: slower, and bitwise `generate` in every dtype.")
+    ] = False,
+    dtype: Annotated[str, typer.Option(help="auto (as stored), float32, bfloat16 or float16.")] = "auto",
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; default: where the weights load.")] = None,
+    experts: Annotated[
+        str, typer.Option(help="Who computes the experts: moesaic, grouped_mm, batched_mm or eager.")
+    ] = "moesaic",
+    threads: Annotated[int | None, typer.Option(help="CPU threads; default: one for a small model, else one per core.")] = None,
+    dense_ok: Annotated[bool, typer.Option(help="Serve a model without experts anyway.")] = False,
+    trust_remote_code: Annotated[bool, typer.Option(help="Let a hub model run its own code.")] = False,
+    access_log: Annotated[bool, typer.Option("--access-log", help="A line per request on standard error.")] = False,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Serve a model: chat, completions, embeddings, metrics and a live page. Ctrl-C ends it cleanly."""
+    _check(max_rows=max_rows, max_waiting=max_waiting, max_body=max_body, timeout=timeout, write_timeout=write_timeout)
+    if not 0 <= grace < float("inf"):
+        raise BadInput(f"--grace {grace}: must be 0 or more")
+    keys = _keys(api_key, api_key_file)
+    from moesaic.serving import http
+
+    http.require()
+    from moesaic.serving.http.server import listen
+
+    bound = listen(host, port)  # a port that is taken is known before minutes of loading
+    opened = open_model(model, dtype, experts=experts, dense_ok=dense_ok, trust_remote_code=trust_remote_code)
+    if device is not None:
+        opened.model.to(_device(device))
+    run(
+        opened.model,
+        opened.tokenizer,
+        source=opened.source,
+        names=name or [Path(str(opened.source)).name if model != "bundled" else model],
+        bound=bound,
+        keys=keys,
+        engine={"max_rows": max_rows, "max_waiting": max_waiting, "max_context": max_context, "alone": alone},
+        threads=threads,
+        max_body=max_body,
+        timeout=timeout,
+        write_timeout=write_timeout,
+        grace=grace,
+        access_log=access_log,
+        json=json,
+    )
+
+
+def run(
+    model: Any,
+    tokenizer: Any,
+    *,
+    source: Any,
+    names: list[str],
+    bound: Any,
+    keys: list[str],
+    engine: dict[str, Any],
+    threads: int | None,
+    max_body: int,
+    timeout: float,
+    write_timeout: float,
+    grace: float,
+    access_log: bool,
+    json: bool,
+) -> None:
+    """Serve a loaded model, wherever it came from, until a signal."""
+    import torch
+
+    from moesaic.serving.describe import allow_packing, choose_threads, describe
+    from moesaic.serving.http.app import build
+    from moesaic.serving.http.engine import Engine
+    from moesaic.serving.http.server import Server, serve
+    from moesaic.serving.http.service import Service
+
+    allow_packing(model)
+    facts = describe(model, source)
+    facts["threads"], why = choose_threads(facts, threads)
+    made = Engine(model, tokenizer, threads=torch.get_num_threads(), **engine)
+    service = Service(made, names, timeout, write_timeout, facts)
+    app = build(service, keys=keys, max_body=max_body)
+    server = Server(app, made, grace=grace, access_log=access_log)
+    address, port = bound.getsockname()[:2]
+    url = f"http://[{address}]:{port}" if ":" in address else f"http://{address}:{port}"
+
+    def ready() -> None:
+        if json:
+            emit({"url": url, "host": address, "port": port, "models": names, "keys": len(keys), **facts})
+            sys.stdout.flush()
+            return
+        out = progress_console
+        out.print(
+            f"[bold]{url}[/bold]  the live page; [bold]{url}/v1[/bold] the API; models: {', '.join(names)}", highlight=False
+        )
+        if facts["layers"]:
+            shape = f"{facts['layers']} MoE layers of {facts['experts']} experts, top {facts['top_k']}"
+            out.print(f"[dim]{shape}; {facts['dtype']} on {facts['device']}, threads {facts['threads']} ({why})[/dim]")
+        if not keys and address not in ("127.0.0.1", "::1"):
+            out.print("[yellow]no --api-key: everyone who reaches this address can use it[/yellow]")
+
+    serve(server, bound, ready)
+
+
+def _keys(given: list[str] | None, file: Path | None) -> list[str]:
+    keys = list(given or [])
+    if file is not None:
+        try:
+            keys += [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+        except (OSError, UnicodeDecodeError) as error:
+            raise BadInput(f"--api-key-file {file}: {getattr(error, 'strerror', None) or 'not UTF-8 text'}") from error
+        if not keys:
+            raise BadInput(f"--api-key-file {file}: no key in it, and without one the server would be open")
+    if any(not key.strip() or not key.isascii() for key in keys):
+        raise BadInput("--api-key: a key is ASCII text and not empty")
+    return [key.strip() for key in keys]
+
+
+def _check(**values: float) -> None:
+    for name, value in values.items():
+        lowest = 0 if name == "max_waiting" else 1 if isinstance(value, int) else 0.001
+        if not lowest <= value < float("inf"):
+            raise BadInput(f"--{name.replace('_', '-')} {value}: must be at least {lowest}")
+
+
+def _device(name: str) -> Any:
+    import torch
+
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise BadInput(f"--device {name}: {str(error).splitlines()[0]}") from error
+    return device
+
+
+app = single(serve)
