@@ -527,3 +527,11 @@ def test_a_wrong_guess_is_the_first_to_leave():
     policy.event(1, [4])  # not 5
     policy.begin_step()
     assert policy.event(1, [6]).evicted_M2.tolist() == [[1, 5]]
+
+
+def test_a_preloaded_hybrid_cache_is_full_and_may_change():
+    trace = trace_of(13, tokens=60)
+    policy = build("hybrimoe", preload=True, host=False)
+    result = run(trace, policy, 12)
+    assert result.preloaded_bytes == 12 * SIZE and result.count[sim.EVICTIONS] > 0
+    assert run(trace, build("hybrimoe", preload=True), 24).hit_rate == 1

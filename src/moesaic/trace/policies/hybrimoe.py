@@ -13,6 +13,7 @@ import numpy as np
 from moesaic.core.errors import BadInput
 from moesaic.core.registry import register
 from moesaic.trace.policies import state as S
+from moesaic.trace.policies.cache import put
 from moesaic.trace.policies.policy import Policy
 
 
@@ -23,7 +24,8 @@ from moesaic.trace.policies.policy import Policy
 class HybriMoE(Policy):
     """`alpha`: weight of the latest scores. `top`: scores kept per token (0: twice its slots). `scores`: softmax of the
     logits, or sigmoid, normalised to sum 1, for models that score so. `ahead`: layers to prefetch for (0: none). `host`:
-    let the host compute; `host_tokens`: in passes of fewer tokens than this only (0: in all; their code: 2)."""
+    let the host compute; `host_tokens`: in passes of fewer tokens than this only (0: in all; their code: 2). `preload`:
+    begin with a full cache, the first experts of each layer; else, where the host is quick, prefetch alone fills it."""
 
     rule = S.SCORES
     source = S.IMPACT
@@ -37,6 +39,7 @@ class HybriMoE(Policy):
         ahead: int = 3,
         host: bool = True,
         host_tokens: int = 0,
+        preload: bool = False,
     ) -> None:
         if not 0 <= alpha <= 1:
             raise BadInput(f"alpha {alpha}: between 0 and 1")
@@ -45,7 +48,7 @@ class HybriMoE(Policy):
         if min(top, ahead, host_tokens) < 0:
             raise BadInput("top, ahead and host_tokens: give 0 or more")
         self.alpha, self.top, self.scores, self.ahead = alpha, top, scores, ahead
-        self.host, self.host_tokens = host, host_tokens
+        self.host, self.host_tokens, self.preload = host, host_tokens, preload
 
     @property
     def needs(self) -> frozenset[str]:
@@ -59,3 +62,7 @@ class HybriMoE(Policy):
         note[S.SOURCE] = S.IMPACT if self.ahead else S.NOTHING
         note[S.WHERE] = S.SCHEDULE if self.host else S.MOVE
         note[S.HOST_TOKENS] = self.host_tokens or np.iinfo(np.int64).max
+        if self.preload:
+            for layer, free in enumerate(self.state.group[S.ROOM] // self.shape.bytes_L):
+                for e in range(free):
+                    put(self.state, layer, e, S.HERE)
