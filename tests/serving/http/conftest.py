@@ -89,3 +89,36 @@ def server(bundled):
     """The bundled model, served for all tests that do not change it."""
     with running(*bundled, names=("bundled", "moesaic")) as found:
         yield found
+
+
+class Script:
+    """Makes a model write given tokens, whatever the prompt: what comes out of the server is then known exactly."""
+
+    def __init__(self, model, ids):
+        self.ids, self._start = ids, 0
+        self._handle = model.register_forward_hook(self._force, with_kwargs=True)
+
+    def _force(self, module, arguments, given, output):
+        positions = given["position_ids"]
+        if given["input_ids"].shape[1] > 1:
+            self._start = positions.shape[1]
+        for row, position in enumerate(positions[:, -1].tolist()):
+            at = position + 1 - self._start
+            output.logits[row, -1, self.ids[at] if at < len(self.ids) else 0] = 1e4
+        return output
+
+    def remove(self):
+        self._handle.remove()
+
+
+@pytest.fixture
+def script():
+    """`script(model, ids)`, undone after the test."""
+    made = []
+
+    def make(model, ids):
+        made.append(Script(model, ids))
+
+    yield make
+    for entry in made:
+        entry.remove()

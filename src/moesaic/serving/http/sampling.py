@@ -79,8 +79,8 @@ class Sampler:
         options = self.options
         if self._generator is None:
             return int(logits_V.argmax())
-        # The largest logit becomes 0 first: a tiny temperature must not overflow.
-        scaled_V = (logits_V - logits_V.max()) / options.temperature
+        # The largest logit becomes 0 first, and float32 has a smallest divisor: a tiny temperature must not give NaN.
+        scaled_V = (logits_V - logits_V.max()) / max(options.temperature, 1e-30)
         ids = None
         if 0 < options.top_k < scaled_V.numel():
             scaled_V, ids = scaled_V.topk(options.top_k)
