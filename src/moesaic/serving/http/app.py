@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
@@ -20,6 +21,8 @@ from moesaic.serving.http.service import Service
 
 log = logging.getLogger("moesaic.serve")
 BODY = 4 << 20
+_ALTERNATIVE = re.compile(r"[\[-]|^(str|int|float|bool)$")
+"""Names that pydantic gives to the types of one field, such as `list[str]`: nothing that a client wrote."""
 
 
 def build(service: Service, *, keys: Sequence[str] = (), max_body: int = BODY, body_timeout: float = 30.0) -> FastAPI:
@@ -54,9 +57,12 @@ async def _api_error(request: Request, error: Any) -> Response:
 
 
 async def _invalid(request: Request, error: Any) -> Response:
-    """The first thing that is wrong, named by its place; what the client sent is not repeated."""
-    first = error.errors()[0]
-    place = ".".join(str(part) for part in first["loc"] if part != "body")
+    """One thing that is wrong, named by its place; what the client sent is not repeated.
+
+    A field that may be of several types has an error for each: one about a value means that its type was right.
+    """
+    first = max(error.errors(), key=lambda found: (not found["type"].endswith("_type"), len(found["loc"])))
+    place = ".".join(str(part) for part in first["loc"][1:] if not _ALTERNATIVE.search(str(part)))
     kind = first["type"]
     if kind == "json_invalid":
         return _json(ApiError(400, "the body is not valid JSON", code="invalid_json"))
