@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import socket
 import threading
 import time
 
@@ -22,11 +23,13 @@ torch.set_num_threads(1)
 class Running:
     """A served model: `url`, `engine`, and `client()` for the official OpenAI client."""
 
-    def __init__(self, model, tokenizer, *, names=("tiny",), grace=5.0, service=None, app=None, **engine):
+    def __init__(self, model, tokenizer, *, names=("tiny",), grace=5.0, service=None, app=None, send_buffer=None, **engine):
         self.engine = Engine(model, tokenizer, threads=1, **engine)
         self.service = Service(self.engine, names, **(service or {}))
         self.server = Server(build(self.service, **(app or {})), self.engine, grace=grace)
         self.socket = listen("127.0.0.1", 0)
+        if send_buffer is not None:  # connections inherit it
+            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
         self.url = f"http://127.0.0.1:{self.socket.getsockname()[1]}"
         self.thread = threading.Thread(target=serve, args=(self.server, self.socket), daemon=True)
         self.thread.start()

@@ -18,7 +18,7 @@ MARGIN = 5.0
 
 
 class Server(uvicorn.Server):
-    """On SIGINT or SIGTERM: nothing new; running requests have `grace` seconds, then a clean error."""
+    """On SIGINT or SIGTERM: nothing new; running requests have `grace` seconds, then a clean error. A second one ends all."""
 
     def __init__(self, app: Any, engine: Engine, *, grace: float = 30.0, access_log: bool = False) -> None:
         config = uvicorn.Config(
@@ -35,7 +35,10 @@ class Server(uvicorn.Server):
         self.engine, self.grace = engine, grace
 
     def handle_exit(self, sig: int, frame: Any) -> None:
-        super().handle_exit(sig, frame)
+        # Not uvicorn's own, which raises the signal again at the end: a clean end is exit code 0.
+        if self.should_exit:
+            self.force_exit = True
+            self.grace = 0.0
         self.quit()
 
     def quit(self) -> None:
