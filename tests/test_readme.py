@@ -10,7 +10,8 @@ from moesaic.cli.main import COMMANDS
 README = (Path(__file__).parents[1] / "README.md").read_text()
 
 
-def test_the_python_example_runs(capsys):
+def test_the_python_example_runs(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     scope: dict = {}
     exec(compile(code, "README.md", "exec"), scope)
