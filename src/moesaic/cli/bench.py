@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json as json_module
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,7 +9,7 @@ import typer
 from rich import box
 from rich.table import Table
 
-from moesaic.cli.common import Debug, Json, console, emit, progress_console
+from moesaic.cli.common import Debug, Json, console, emit, keep, progress_console
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, no_args_is_help=True, help=__doc__)
 
@@ -67,9 +66,7 @@ def layer(
             status.update(f"bench layer: at {against}")
             theirs = at_revision(against, _arguments(options, threads))
             _merge(result, theirs, against)
-    if out:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json_module.dumps(result, indent=1) + "\n")
+    keep(result, out)
     if json:
         emit(result)
     else:
@@ -140,9 +137,7 @@ def trace(
         result = bench.run(
             bench.Options(rounds, seconds, device, _words(cases)), lambda text: status.update(f"bench trace: {text}")
         )
-    if out:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json_module.dumps(result, indent=1) + "\n")
+    keep(result, out)
     if json:
         emit(result)
     else:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import sys
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.table import Table
 
 from moesaic.core.errors import MoesaicError
 
@@ -21,6 +23,21 @@ Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an e
 def emit(result: dict[str, Any]) -> None:
     """Print the command's one JSON object."""
     print(json.dumps(result, ensure_ascii=False))
+
+
+def keep(result: dict[str, Any], out: Path | None) -> None:
+    """Also write the object to a file, where `--out` names one."""
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def facts_grid() -> Table:
+    """A table of two columns without lines: names, dim, and what is to be said of them."""
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="dim")
+    table.add_column()
+    return table
 
 
 def single(command: Any) -> typer.Typer:

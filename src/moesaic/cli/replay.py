@@ -11,7 +11,7 @@ from rich import box
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from moesaic.cli.common import Debug, Json, console, emit, progress_console, single
+from moesaic.cli.common import Debug, Json, console, emit, keep, progress_console, single
 from moesaic.core.errors import BadInput
 from moesaic.core.sizes import parse_bytes, parse_rate, show_bytes
 
@@ -111,11 +111,7 @@ def replay(
         "hardware": machine.describe(),
         "rows": rows,
     }
-    if out:
-        import json as json_module
-
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json_module.dumps(result, indent=1) + "\n")
+    keep(result, out)
     if json:
         emit(result)
     else:

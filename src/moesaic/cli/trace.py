@@ -8,9 +8,8 @@ from typing import Annotated, Any
 
 import typer
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
 
-from moesaic.cli.common import Debug, Json, console, emit, progress_console, single
+from moesaic.cli.common import Debug, Json, console, emit, facts_grid, progress_console, single
 from moesaic.cli.loading import open_model
 from moesaic.core.errors import BadInput
 
@@ -148,9 +147,7 @@ def _show(recorder: Any, out: Path, seconds: float, json: bool) -> None:
     if json:
         emit(facts)
         return
-    table = Table.grid(padding=(0, 2))
-    table.add_column(style="dim")
-    table.add_column()
+    table = facts_grid()
     table.add_row("file", f"{out}, {facts['file_bytes'] / 1e6:,.2f} MB")
     table.add_row("tokens", f"{facts['tokens']:,} in {facts['sequences']:,} sequences, {len(result.domains)} domains")
     table.add_row("choices", f"{facts['choices']:,} at {facts['layers']} layers")

@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.table import Table
 
-from moesaic.cli.common import Debug, Json, console, emit
+from moesaic.cli.common import Debug, Json, console, emit, facts_grid
 from moesaic.core.errors import BadInput
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, no_args_is_help=True, help=__doc__)
@@ -48,9 +47,7 @@ def show(
     if json:
         emit(facts)
         return
-    table = Table.grid(padding=(0, 2))
-    table.add_column(style="dim")
-    table.add_column()
+    table = facts_grid()
     table.add_row("model", f"{header.model or 'not named'} ({header.architecture or 'architecture not named'})")
     table.add_row("text", header.source or "not named")
     experts = ", ".join(map(str, facts["experts"]))
