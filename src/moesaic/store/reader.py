@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from moesaic.core.errors import BadInput, MoesaicError
+from moesaic.store.slots import LINE
 from moesaic.store.table import Range
 
 PageCache = Literal["direct", "keep", "drop"]
@@ -162,10 +163,20 @@ class Reader:
         return ticket
 
     def read(self, source: Range) -> Tensor:
-        """A range as a tensor of its own."""
-        made = torch.empty(source.shape, dtype=source.dtype)
+        """A range as a tensor of its own, which begins where in a cache line the range does: as if the file were mapped."""
+        item, size = source.dtype.itemsize, source.nbytes
+        room = torch.empty(size + 2 * LINE, dtype=torch.uint8)
+        first = (source.start // item * item - room.data_ptr()) % LINE
+        made = room[first : first + size].view(source.dtype).view(source.shape)
         self.fetch([(source, made)]).wait()
         return made
+
+    def forget(self) -> None:
+        """Drop all reads that have not begun: whoever asked for them no longer wants them."""
+        with self._change:
+            dropped, self._queue = self._queue, []
+            for _, _, job in dropped:
+                self._fail(job.ticket, "cancelled")
 
     def _start(self) -> None:
         for _ in range(self.threads):

@@ -15,19 +15,43 @@ from torch import Tensor
 PAGE = mmap.PAGESIZE
 
 
-class Slots:
-    """`tensors[m][s]` is matrix m of slot s. `take` and `give` hand slots out; untouched ones occupy no memory."""
+LINE = 64
+"""Bytes of a cache line. Some libraries' products depend, in their last bits, on where in a line a matrix begins."""
 
-    def __init__(self, shapes: Sequence[tuple[int, ...]], dtype: torch.dtype, count: int) -> None:
-        self.shapes, self.dtype, self.count = [tuple(shape) for shape in shapes], dtype, count
-        self.slot_bytes = sum(math.prod(shape) for shape in shapes) * dtype.itemsize
-        self._maps = [_anonymous(max(1, count) * math.prod(shape) * dtype.itemsize) for shape in shapes]
-        self.tensors: list[Tensor] = [
-            torch.frombuffer(memory, dtype=dtype, count=count * math.prod(shape)).view(count, *shape)
-            for memory, shape in zip(self._maps, self.shapes, strict=True)
-        ]
+
+class Slots:
+    """`matrix(m, s)` is matrix m of slot s. `take` and `give` hand slots out; untouched ones occupy no memory.
+
+    With `stack`, `tensors[m]` holds matrix m of all slots, contiguous. Without, each matrix has room to begin anywhere in a
+    cache line.
+    """
+
+    def __init__(self, shapes: Sequence[tuple[int, ...]], dtype: torch.dtype, count: int, stack: bool = True) -> None:
+        self.shapes, self.dtype, self.count, self.stack = [tuple(shape) for shape in shapes], dtype, count, stack
+        sizes = [math.prod(shape) * dtype.itemsize for shape in shapes]
+        self._strides = sizes if stack else [-(-size // LINE) * LINE + LINE for size in sizes]
+        self.slot_bytes = sum(self._strides)
+        self._maps = [_anonymous(max(1, count) * stride) for stride in self._strides]
+        self._bytes = [torch.frombuffer(memory, dtype=torch.uint8) for memory in self._maps]
+        self._sizes = sizes
         self._free = list(range(count - 1, -1, -1))
         self._touched: set[int] = set()
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """Matrix m of all slots, `[count, *shapes[m]]`; without `stack` not contiguous."""
+        item = self.dtype.itemsize
+        stacked = []
+        for raw, stride, shape in zip(self._bytes, self._strides, self.shapes, strict=True):
+            steps = [math.prod(shape[i + 1 :]) for i in range(len(shape))]
+            typed = raw[: max(1, self.count) * stride].view(self.dtype)
+            stacked.append(typed.as_strided((self.count, *shape), (stride // item, *steps)))
+        return stacked
+
+    def matrix(self, m: int, slot: int, shift: int = 0) -> Tensor:
+        """Matrix m of a slot, begun `shift` bytes into a cache line (0 with `stack`)."""
+        first = slot * self._strides[m] + (0 if self.stack else shift % LINE // self.dtype.itemsize * self.dtype.itemsize)
+        return self._bytes[m][first : first + self._sizes[m]].view(self.dtype).view(self.shapes[m])
 
     @property
     def used(self) -> int:
@@ -52,8 +76,7 @@ class Slots:
     def trim(self) -> None:
         """Return the memory of free slots to the system."""
         for slot in self._touched.intersection(self._free):
-            for memory, shape in zip(self._maps, self.shapes, strict=True):
-                size = math.prod(shape) * self.dtype.itemsize
+            for memory, size in zip(self._maps, self._strides, strict=True):
                 first, last = -(-slot * size // PAGE) * PAGE, (slot + 1) * size // PAGE * PAGE
                 if last > first and hasattr(mmap, "MADV_DONTNEED"):
                     memory.madvise(mmap.MADV_DONTNEED, first, last - first)

@@ -11,18 +11,28 @@ from transformers.integrations import moe as transformers_moe
 
 from moesaic.core.errors import BadInput
 from moesaic.core.routing import Dispatch
-from moesaic.kernels import dispatch_slots, expert_mlp
+from moesaic.kernels import Form, dispatch_slots, expert_mlp
 
 NAME = "moesaic"
+
+STREAMED = "streamed"
+"""Attribute of an experts module whose weights are elsewhere: called with x, dispatch and the chosen ids [T, K] (or None)."""
 
 
 def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """The experts call: x [T, D], ids [T, K] (outside [0, E): empty slot), weights [T, K] -> y [T, D]."""
-    return run(self, hidden_states, dispatch_slots(top_k_index, top_k_weights, self.down_proj.shape[0]))
+    dispatch = dispatch_slots(top_k_index, top_k_weights, self.down_proj.shape[0])
+    streamed = getattr(self, STREAMED, None)
+    if streamed is not None:
+        return streamed(hidden_states, dispatch, top_k_index)
+    return run(self, hidden_states, dispatch)
 
 
 def run(experts: Any, x_TD: Tensor, dispatch: Dispatch) -> Tensor:
     """Run a dispatch on a bank as stored: gated or not, biased, transposed, interleaved, own gate, normed output."""
+    streamed = getattr(experts, STREAMED, None)
+    if streamed is not None:
+        return streamed(x_TD, dispatch, None)
     if experts.down_proj.element_size() < 2:
         raise BadInput(
             f"{type(experts).__name__} stores {experts.down_proj.dtype} with scales, which our kernels do not read; "
@@ -39,6 +49,19 @@ def run(experts: Any, x_TD: Tensor, dispatch: Dispatch) -> Tensor:
         gate_up_bias=getattr(experts, up_name + "_bias") if experts.has_bias else None,
         down_bias=experts.down_proj_bias if experts.has_bias else None,
         transposed=experts.is_transposed,
+        apply_gate=experts._apply_gate if has_own_gate(experts) else None,
+        post=experts.post_expert_norm if getattr(experts, "has_post_expert_norm", False) else None,
+    )
+
+
+def form_of(experts: Any) -> Form:
+    """What the module does around its two products."""
+    up_name = "gate_up_proj" if experts.has_gate else "up_proj"
+    return Form(
+        act=getattr(experts, "act_fn", "silu"),
+        gated=experts.has_gate,
+        gate_up_bias_EH=getattr(experts, up_name + "_bias") if experts.has_bias else None,
+        down_bias_ED=experts.down_proj_bias if experts.has_bias else None,
         apply_gate=experts._apply_gate if has_own_gate(experts) else None,
         post=experts.post_expert_norm if getattr(experts, "has_post_expert_norm", False) else None,
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib import resources
 from pathlib import Path
@@ -66,6 +66,7 @@ def load(
     trust_remote_code: bool = False,
     dense_ok: bool = False,
     allow_pickle: bool = False,
+    adapt: Callable[[Any], Any] | None = None,
     **kwargs: Any,
 ) -> Loaded:
     """Load a model and its tokenizer.
@@ -76,6 +77,7 @@ def load(
         experts: the experts implementation: "moesaic", or one of transformers' ("eager", "grouped_mm", ...).
         dense_ok: load a model without experts instead of raising NotMoE.
         allow_pickle: accept pickled weights (`.bin`), which can run code.
+        adapt: given the model's class, the class whose `from_pretrained` loads it instead.
 
     Raises BadInput, before any weight is read where it can be known then.
     """
@@ -92,8 +94,11 @@ def load(
         kwargs["attn_implementation"] = attention
     if experts is not None:
         kwargs["experts_implementation"] = experts
+    model_class = _model_class(config, trust_remote_code)
+    if adapt is not None:
+        model_class = adapt(model_class)
     try:
-        model, info = _model_class(config, trust_remote_code).from_pretrained(
+        model, info = model_class.from_pretrained(
             source,
             config=config,
             dtype=dtype,

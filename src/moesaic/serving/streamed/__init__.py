@@ -1,0 +1,99 @@
+"""Run a MoE that does not fit: experts stay on disk and pass through a memory budget; outputs stay the same, bit for bit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import torch
+
+from moesaic.core.errors import MissingNeed
+from moesaic.serving.streamed import budget
+from moesaic.serving.streamed.engine import Engine
+from moesaic.serving.streamed.load import expert_parameters, load_skeleton
+from moesaic.serving.streamed.stats import Stats, peak_bytes
+from moesaic.store import PageCache, Reader
+from moesaic.trace import sweep
+from moesaic.trace.policies.policy import Policy, Shape
+from moesaic.view import View
+
+__all__ = ["Engine", "Stats", "Streamed", "load_streamed", "peak_bytes"]
+
+GIVEN = frozenset({"history"})
+"""What a live engine can bring of what policies need; a policy that needs more only replays so far."""
+
+
+class Streamed:
+    """A model that runs as any other of transformers, with `engine` behind its experts. Close it, or use it in a `with`."""
+
+    def __init__(self, model: Any, tokenizer: Any, engine: Engine) -> None:
+        self.model, self.tokenizer, self.engine = model, tokenizer, engine
+
+    @property
+    def stats(self) -> Stats:
+        return self.engine.stats
+
+    def close(self) -> None:
+        self.engine.close()
+
+    def __enter__(self) -> Streamed:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+
+def load_streamed(
+    path_or_id: str | Path,
+    *,
+    memory: int | str | None = None,
+    resident: float | None = None,
+    policy: str | Policy = "lru",
+    page_cache: PageCache = "direct",
+    threads: int = 4,
+    timeout: float = 60.0,
+    dtype: str | torch.dtype = "auto",
+    attention: str | None = None,
+    reader: Reader | None = None,
+    **how: Any,
+) -> Streamed:
+    """Load a checkpoint with its experts left on disk, for inference on the CPU.
+
+    Args:
+        path_or_id: a folder of safetensors, a hub id, or "bundled".
+        memory: bytes that experts may take, an int or text such as "6GiB". Or `resident`: their share, above 0 to 1.
+            All other weights come on top; so do biases of experts, which stay in memory.
+        policy: a registered cache policy, `name` or `name:option=value+option=value`, or a built one.
+        page_cache: "direct" reads past the kernel's page cache; "keep" lets it hold what was read, "drop" makes it forget.
+        threads, timeout: reads in flight, and seconds after which a read without an answer is an error.
+        dtype, attention, how: see `moesaic.load`.
+
+    Raises BadInput for a checkpoint that cannot be streamed, a budget too small (with the minimum), or a policy that needs
+    what a running model cannot give; ReadFailed for reads.
+    """
+    built = sweep.build(policy) if isinstance(policy, str) else policy
+    unmet = sorted(built.needs - GIVEN)
+    if unmet:
+        raise MissingNeed(f"policy {built.entry.name} needs {', '.join(unmet)}, which a running model does not give: replay it")
+    own = reader is None
+    reader = Reader(page_cache, threads, timeout) if reader is None else reader
+    try:
+        loaded, sources = load_skeleton(path_or_id, reader, dtype=dtype, attention=attention, **how)
+        view = View(loaded.model)
+        shape = Shape(
+            np.array([block.num_experts for block in view], np.int64),
+            np.array([block.expert_bytes for block in view], np.int64),
+            max(block.top_k for block in view),
+        )
+        names = {place: name for name, place in expert_parameters(loaded.model).items()}
+        sizes = {(sources[names[i, 0]].shape, sources[names[i, 1]].shape): int(shape.bytes_L[i]) for i in range(len(view))}
+        given = budget.budget_of(shape.total_bytes, memory, resident)
+        plan = budget.divide(given, shape.total_bytes, list(sizes.values()))
+        engine = Engine(view, {place: sources[name] for place, name in names.items()}, reader, built, plan, shape)
+    except BaseException:
+        if own:
+            reader.close()
+        raise
+    return Streamed(loaded.model, loaded.tokenizer, engine)
