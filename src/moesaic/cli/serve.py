@@ -50,6 +50,8 @@ def serve(
 ) -> None:
     """Serve a model: chat, completions, embeddings, metrics and a live page. Ctrl-C ends it cleanly."""
     _check(max_rows=max_rows, max_waiting=max_waiting, max_body=max_body, timeout=timeout, write_timeout=write_timeout)
+    if max_context is not None and max_context < 2:
+        raise BadInput(f"--max-context {max_context}: must be at least 2 (a token of prompt, a token of answer)")
     if not 0 <= grace < float("inf"):
         raise BadInput(f"--grace {grace}: must be 0 or more")
     keys = _keys(api_key, api_key_file)
