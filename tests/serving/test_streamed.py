@@ -76,7 +76,7 @@ def test_logits_are_bitwise_equal(name, tmp_path):
 
 
 def test_a_cast_while_reading_is_bitwise_equal(tmp_path):
-    check("qwen3_moe", tmp_path, ["bfloat16"], POLICIES)
+    check("qwen3_moe", tmp_path, ["bfloat16"], ["lru"])
 
 
 @pytest.mark.slow
@@ -109,8 +109,13 @@ def answer(model, ids, tokens=16):
     )
 
 
-@pytest.mark.parametrize("share", SHARES)
-@pytest.mark.parametrize("policy", POLICIES)
+def cases(policies, shares, every):
+    """All pairs, of which one in `every` is fast."""
+    pairs = [(policy, share) for policy in policies for share in shares]
+    return [pytest.param(*pair, marks=[pytest.mark.slow] if i % every else []) for i, pair in enumerate(pairs)]
+
+
+@pytest.mark.parametrize(("policy", "share"), cases(POLICIES, SHARES, 4))
 def test_the_compiled_passes_are_bitwise_equal(checkpoint, share, policy):
     with load_streamed(checkpoint.folder, resident=share, policy=policy) as streamed:
         with torch.no_grad():
@@ -124,8 +129,10 @@ def test_the_compiled_passes_are_bitwise_equal(checkpoint, share, policy):
         assert streamed.engine.held_bytes <= streamed.engine.plan.budget_bytes
 
 
-@pytest.mark.parametrize("share", [0.1, 0.3, 0.6, 1.0])
-@pytest.mark.parametrize("policy", [*POLICIES, "lru:bypass_tokens=8", "lfu:half_life=4"])
+REPLAYED = [*POLICIES, "lru:bypass_tokens=8", "lfu:half_life=4"]
+
+
+@pytest.mark.parametrize(("policy", "share"), cases(REPLAYED, (0.1, 0.3, 0.6, 1.0), 5))
 def test_hits_are_those_of_the_replay(checkpoint, tmp_path, policy, share):
     """Record what the streamed model does; the simulator, with the same policy and capacity, counts the same."""
     streamed = load_streamed(checkpoint.folder, resident=share, policy=policy)

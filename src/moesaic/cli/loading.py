@@ -40,3 +40,16 @@ def open_model(
     if tokenizer is None:
         raise BadInput(f"{name} has no tokenizer: put its tokenizer files beside config.json")
     return Opened(model, tokenizer, source)
+
+
+def open_streamed(name: str, dtype: str, *, trust_remote_code: bool = False, **how: Any) -> tuple[Opened, Any]:
+    """`open_model`, with the experts left on disk, and what serves them. `how`: see `serving.streamed.load_streamed`."""
+    quiet_transformers()
+    from moesaic.serving.streamed import load_streamed
+    from moesaic.view import resolve_model
+
+    streamed = load_streamed(name, dtype=dtype, trust_remote_code=trust_remote_code, **how)
+    if streamed.tokenizer is None:
+        streamed.close()
+        raise BadInput(f"{name} has no tokenizer: put its tokenizer files beside config.json")
+    return Opened(streamed.model, streamed.tokenizer, resolve_model(name)), streamed

@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 
 from moesaic.cli.common import Debug, Json, console, emit, progress_console, single
-from moesaic.cli.loading import Opened, open_model
+from moesaic.cli.loading import Opened, open_model, open_streamed
 from moesaic.core.errors import BadInput, MoesaicError
 
 DEFAULT_PROMPT = "It is a truth universally acknowledged, that"
@@ -35,6 +35,17 @@ def run(
     experts: Annotated[
         str, typer.Option(help="Who computes the experts: moesaic, grouped_mm, batched_mm or eager.")
     ] = "moesaic",
+    memory: Annotated[
+        str | None, typer.Option(help="Leave experts on disk; so much memory may hold some of them, such as 6GiB.")
+    ] = None,
+    resident: Annotated[float | None, typer.Option(help="The same as a share of all experts' bytes, such as 0.4.")] = None,
+    policy: Annotated[
+        str, typer.Option(help="Which experts stay in memory: a policy of `moesaic replay`, or name:option=value.")
+    ] = "lru",
+    page_cache: Annotated[
+        str, typer.Option(help="direct: read past the kernel's page cache; keep: fill it; drop: read through, then empty it.")
+    ] = "direct",
+    verify: Annotated[bool, typer.Option("--verify", help="Run the resident model too, and compare the logits.")] = False,
     threads: Annotated[int | None, typer.Option(help="CPU threads; default: one for a small model, else one per core.")] = None,
     page: Annotated[Path, typer.Option(help="Where the HTML page goes.")] = Path(PAGE),
     no_page: Annotated[bool, typer.Option("--no-page", help="Write no page.")] = False,
@@ -46,6 +57,7 @@ def run(
     """Generate text, stream it, and show which experts did the work; a page with the details is written beside."""
     if threads is not None and threads < 1:
         raise BadInput(f"--threads {threads}: must be at least 1")
+    streams = _streaming(memory, resident, policy, page_cache, verify, experts)
     text = None if interactive and prompt is None and prompt_file is None else _prompt(prompt, prompt_file)
     target = None if no_page else page
     if target is not None:
@@ -57,8 +69,12 @@ def run(
 
     sampling = Sampling(max_new_tokens, temperature, top_k, top_p, repetition_penalty, seed)
     out = progress_console if json else console
-    opened = open_model(model, dtype, experts=experts, dense_ok=dense_ok, trust_remote_code=trust_remote_code)
-    live = session.Session(model, opened, sampling, out, None if json else sys.stdout, threads)
+    streamed = None
+    if streams is None:
+        opened = open_model(model, dtype, experts=experts, dense_ok=dense_ok, trust_remote_code=trust_remote_code)
+    else:
+        opened, streamed = open_streamed(model, dtype, trust_remote_code=trust_remote_code, **streams)
+    live = session.Session(model, opened, sampling, out, None if json else sys.stdout, threads, streamed)
     live.show_facts()
     if interactive:
         _chat(live, text)
@@ -69,6 +85,8 @@ def run(
     if live.turn is None:
         return
     live.show_table()
+    if verify:
+        live.verify(trust_remote_code)
     try:
         written = live.write_page(target, _command(model, live, seed)) if target is not None else None
     except MoesaicError as error:
@@ -78,6 +96,34 @@ def run(
         raise BadInput(f"{error}; the text is complete: give another --page, or --no-page") from error
     if json:
         emit(live.result(written))
+    if live.verified is not None and not all(live.verified.values()):
+        raise typer.Exit(1)
+
+
+def _streaming(
+    memory: str | None, resident: float | None, policy: str, page_cache: str, verify: bool, experts: str
+) -> dict[str, Any] | None:
+    """How to stream, None where the model is to be loaded whole. Raises BadInput for options that do not go together."""
+    if memory is not None and resident is not None:
+        raise BadInput(f"give --memory {memory} or --resident {resident:g}, not both")
+    if memory is None and resident is None:
+        given = [("--policy", policy != "lru"), ("--page-cache", page_cache != "direct"), ("--verify", verify)]
+        for option, is_given in given:
+            if is_given:
+                raise BadInput(f"{option} is about experts on disk: give --memory or --resident with it")
+        return None
+    if experts != "moesaic":
+        raise BadInput(f"--experts {experts} needs all experts in memory: streamed ones run on moesaic's kernels")
+    if page_cache not in ("direct", "keep", "drop"):
+        raise BadInput(f"--page-cache {page_cache!r}: one of direct, keep, drop")
+    if resident is not None and not 0 < resident <= 1:
+        raise BadInput(f"--resident {resident:g}: give a share above 0, at most 1")
+    if memory is not None:
+        from moesaic.core.sizes import parse_bytes
+
+        if parse_bytes(memory, "--memory") <= 0:
+            raise BadInput(f"--memory {memory}: give more than 0 bytes")
+    return {"memory": memory, "resident": resident, "policy": policy, "page_cache": page_cache}
 
 
 def _prompt(prompt: str | None, prompt_file: Path | None) -> str:

@@ -5,18 +5,20 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, TextIO
 
+import torch
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from moesaic import __version__
-from moesaic.cli.loading import Opened
+from moesaic.cli.loading import Opened, open_model
 from moesaic.core.errors import NotMoE
 from moesaic.report.files import write_atomically
 from moesaic.report.run_page import Layer, RunPage
 from moesaic.serving.describe import allow_packing, choose_threads, describe, packed_bytes
 from moesaic.serving.generate import Generation, Sampling, encode, generate
 from moesaic.serving.stream import token_texts
+from moesaic.serving.streamed.describe import logits_of, streaming_facts
 from moesaic.serving.usage import LayerUsage, Recorder
 
 
@@ -24,7 +26,14 @@ class Session:
     """Answers prompts one after another. `turn` is the last answer, `usage` the routing that made it."""
 
     def __init__(
-        self, name: str, opened: Opened, sampling: Sampling, out: Console, stream: TextIO | None, threads: int | None = None
+        self,
+        name: str,
+        opened: Opened,
+        sampling: Sampling,
+        out: Console,
+        stream: TextIO | None,
+        threads: int | None = None,
+        streamed: Any = None,
     ) -> None:
         from moesaic.view import view
 
@@ -37,6 +46,9 @@ class Session:
             self.recorder: Recorder | None = Recorder(view(opened.model))
         except NotMoE:
             self.recorder = None
+        self.streamed = streamed
+        self.verified: dict[str, bool] | None = None
+        self.streaming: dict[str, Any] = {}
         self.turn: Generation | None = None
         self.usage: list[LayerUsage] = []
         self.turns: list[dict[str, Any]] = []
@@ -55,6 +67,9 @@ class Session:
                 self.turn = self._generate(prompt_ids)
             self.usage = self.recorder.layers()
         self.facts["packed_bytes"] = packed_bytes()
+        if self.streamed is not None:
+            self.streaming = streaming_facts(self.streamed)
+            self.facts["resident_bytes"] = self.streaming.pop("resident_bytes")
         self._write("\n")
         if self.turn.stopped in ("context full", "interrupted"):
             total = len(self.turn.prompt_ids) + len(self.turn.new_ids)
@@ -126,6 +141,8 @@ class Session:
         table.add_row(f"{len(turn.prompt_ids):,} + {len(turn.new_ids):,}", first, rate, turn.stopped)
         self.out.print()
         self.out.print(table)
+        if self.streaming:
+            self._show_streaming()
         if not self.usage:
             return
         load = Table(box=None, padding=(0, 2, 0, 0))
@@ -143,6 +160,37 @@ class Session:
             )
         self.out.print()
         self.out.print(load)
+
+    def verify(self, trust_remote_code: bool = False) -> None:
+        """Run the resident model on the same text and say whether logits and tokens are the same."""
+        turn, streamed = self.turn, self.streamed
+        assert turn is not None
+        ids = [*turn.prompt_ids, *turn.new_ids]
+        resident = open_model(
+            self.name, str(streamed.model.dtype).removeprefix("torch."), trust_remote_code=trust_remote_code
+        ).model
+        ours, theirs = (logits_of(model, ids) for model in (streamed.model, resident))
+        again = generate(resident, self.tokenizer, turn.prompt_ids, self.sampling)
+        self.verified = {
+            "logits_equal": torch.equal(ours, theirs), "tokens_equal": again.new_ids[: len(turn.new_ids)] == turn.new_ids
+        }  # fmt: skip
+        for what, equal in self.verified.items():
+            what = what.removesuffix("_equal")
+            said = "[green]equal[/green]" if equal else "[red]differ[/red]"
+            self.out.print(f"{what} of the streamed and the resident model: {said}")
+
+    def _show_streaming(self) -> None:
+        row = self.streaming
+        table = Table(box=None, padding=(0, 2, 0, 0))
+        for name in ("policy", "hit rate", "read", "stall", "experts held", "peak memory"):
+            table.add_column(name, justify="right")
+        held = f"{size(row['expert_resident_bytes'])} of {size(row['expert_total_bytes'])}"
+        table.add_row(
+            escape(row["policy"]), f"{row['hit_rate']:.1%}", size(row["read_bytes"]), f"{row['stall_seconds']:.2f} s",
+            held, size(row["peak_bytes"]),
+        )  # fmt: skip
+        self.out.print()
+        self.out.print(table)
 
     def result(self, page: Path | None) -> dict[str, Any]:
         """The command's JSON object."""
@@ -165,6 +213,8 @@ class Session:
             "experts_used": [layer["experts_used"] for layer in layers],
             "load": layers,
             "page": None if page is None else str(page),
+            **self.streaming,
+            **(self.verified or {}),
             **({"turns": self.turns} if self.turns else {}),
         }
 

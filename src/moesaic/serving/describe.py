@@ -82,18 +82,15 @@ def _kernels(model: Any, block: Any) -> list[dict[str, str]]:
     name = getattr(model.config.get_text_config(), "_experts_implementation", None) or "eager"
     if name != "moesaic":
         return [{"backend": name, "reason": "transformers' own, as asked with --experts"}]
-    from moesaic.kernels import Form, Weights, choose
-    from moesaic.view.implementation import has_own_gate
+    from moesaic.kernels import Weights, choose
+    from moesaic.view.implementation import form_of
 
     experts = block.experts
     up = experts.gate_up_proj if experts.has_gate else experts.up_proj
-    form = Form(
-        act=getattr(experts, "act_fn", "silu"),
-        gated=experts.has_gate,
-        apply_gate=experts._apply_gate if has_own_gate(experts) else None,
-        post=getattr(experts, "post_expert_norm", None),
-    )
-    weights = Weights(up, experts.down_proj, form, experts.is_transposed)
+    down = experts.down_proj
+    if up.is_meta:  # streamed: they compute on the CPU, and kernels look at shapes only
+        up, down = (torch.empty(1, 1, 1, dtype=up.dtype).expand(t.shape) for t in (up, down))
+    weights = Weights(up, down, form_of(experts), experts.is_transposed)
     choice = choose(torch.empty(1, block.width, dtype=up.dtype, device=up.device), weights, needs_grad=False)
     return [{"backend": choice.backend, "reason": choice.reason}]
 

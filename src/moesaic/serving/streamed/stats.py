@@ -60,5 +60,9 @@ class Stats:
 
 def peak_bytes() -> int:
     """The most memory that this process has had resident, in bytes, Python and libraries included."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    try:
+        with open("/proc/self/status", encoding="ascii") as status:  # getrusage would count the process that started us
+            return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM"))
+    except (OSError, StopIteration, ValueError):
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024

@@ -1,0 +1,37 @@
+"""What a streamed run says of itself: bytes held and read, hits, waiting, and the most memory the process took."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from moesaic.serving.streamed.stats import peak_bytes
+
+if TYPE_CHECKING:
+    from moesaic.serving.streamed import Streamed
+
+
+def streaming_facts(streamed: Streamed) -> dict[str, Any]:
+    """Keys of `moesaic run --json`, in bytes and seconds. `resident_bytes`: other weights and the experts held now."""
+    engine = streamed.engine
+    tensors = {id(t): t for t in [*streamed.model.parameters(), *streamed.model.buffers()]}.values()
+    other = sum(t.nbytes for t in tensors if not t.is_meta)
+    return {
+        **streamed.stats.row(),
+        "policy": engine.policy.entry.name,
+        "page_cache": engine.reader.page_cache,
+        "memory_bytes": engine.plan.budget_bytes,
+        "capacity_bytes": engine.plan.capacity_bytes,
+        "expert_resident_bytes": engine.held_bytes,
+        "expert_total_bytes": engine.shape.total_bytes,
+        "resident_bytes": other + engine.held_bytes,
+        "peak_bytes": peak_bytes(),
+    }
+
+
+def logits_of(model: Any, ids: list[int]) -> Tensor:
+    """Logits [1, T, V] of one pass over `ids`."""
+    with torch.inference_mode():
+        return model(torch.tensor([ids], device=next(model.parameters()).device)).logits
