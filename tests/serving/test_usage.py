@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from moesaic.serving.describe import choose_threads, describe
+from moesaic.serving.describe import choose_threads, describe, widen
 from moesaic.serving.generate import Sampling, encode, generate
 from moesaic.serving.usage import LayerUsage, Recorder
 from moesaic.view import view
@@ -103,3 +103,18 @@ def test_threads_follow_the_model_unless_asked():
     assert choose_threads({**small, "device": "cuda:0"}, None)[0] == before
     assert choose_threads({**small, "total_bytes": 10**9}, 1) == (1, "as asked")
     torch.set_num_threads(before)
+
+
+def test_widening_keeps_every_value_and_asks_for_room(tiny_moe, monkeypatch):
+    from moesaic.serving import describe as module
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_moe, dtype=torch.bfloat16).eval()
+    before = [p.clone() for p in model.parameters()]
+    monkeypatch.setattr(module, "_free_memory", lambda: 16 * sum(p.numel() for p in before) - 1)
+    assert not widen(model)
+    assert model.dtype is torch.bfloat16
+    monkeypatch.undo()
+    assert widen(model)
+    assert all(torch.equal(a, b.to(torch.bfloat16)) for a, b in zip(before, model.parameters(), strict=True))
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert not widen(model), "nothing is left to widen"

@@ -36,7 +36,9 @@ def serve(
     alone: Annotated[
         bool, typer.Option("--alone", help="No shared steps: slower, and bitwise `generate` in every dtype.")
     ] = False,
-    dtype: Annotated[str, typer.Option(help="auto (as stored), float32, bfloat16 or float16.")] = "auto",
+    dtype: Annotated[
+        str, typer.Option(help="auto (as stored; float32 on a CPU with room), float32, bfloat16 or float16.")
+    ] = "auto",
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; default: where the weights load.")] = None,
     experts: Annotated[
         str, typer.Option(help="Who computes the experts: moesaic, grouped_mm, batched_mm or eager.")
@@ -64,6 +66,10 @@ def serve(
     opened = open_model(model, dtype, experts=experts, dense_ok=dense_ok, trust_remote_code=trust_remote_code)
     if device is not None:
         opened.model.to(_device(device))
+    if dtype == "auto":
+        from moesaic.serving.describe import widen
+
+        widen(opened.model)
     run(
         opened.model,
         opened.tokenizer,

@@ -190,7 +190,9 @@ def _started(*options):
     process = subprocess.Popen([*SERVE, *options], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     line = process.stdout.readline()
     assert line, process.stderr.read()
-    url = json.loads(line)["url"]
+    facts = json.loads(line)
+    assert (facts["dtype"], facts["exact"]) == ("float32", True), "a small model on a CPU is widened"
+    url = facts["url"]
     deadline = time.monotonic() + 20
     while True:
         try:

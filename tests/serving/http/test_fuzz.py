@@ -39,17 +39,23 @@ def test_no_request_is_answered_with_5xx(schema, path, mode):
     seen: dict[int, int] = {}
 
     def fix(body):
-        """Most drawn names and sizes end at the first check; a share of the requests must come through to the model."""
-        if isinstance(body, dict) and mode is GenerationMode.POSITIVE:
-            body = {**body, "model": "tiny"}
-            for field in ("max_tokens", "max_completion_tokens"):
-                if isinstance(body.get(field), int):
-                    body[field] = 1 + body[field] % 8
-            if isinstance(body.get("n"), int):
-                body["n"] = 1 + body["n"] % 4
-            if len(str(body.get("seed"))) % 2:
-                body.pop("routing", None)
-                body.pop("logit_bias", None)
+        """Most drawn prompts, names and sizes end at the first check; a share of the requests must come through."""
+        if not isinstance(body, dict) or mode is not GenerationMode.POSITIVE:
+            return body
+        body = {name: _whole(value) for name, value in body.items()} | {"model": "tiny"}
+        drawn = len(str(body))
+        for field in ("prompt", "input"):
+            if field in body and drawn % 3:
+                body[field] = ["x", ["x", "the router"], [1, 2, 3], [[5], [6, 7]]][drawn % 4]
+        for field in ("max_tokens", "max_completion_tokens"):
+            if isinstance(body.get(field), int):
+                body[field] = 1 + body[field] % 8
+        if isinstance(body.get("n"), int):
+            body["n"] = 1 + body["n"] % 4
+        if drawn % 2:
+            body.pop("routing", None)
+        elif body.get("logit_bias"):
+            body["logit_bias"] = {str(drawn * (i + 1) % 600): bias for i, bias in enumerate(body["logit_bias"].values())}
         return body
 
     @given(case=operation.as_strategy(generation_mode=mode))
@@ -76,3 +82,10 @@ def test_no_request_is_answered_with_5xx(schema, path, mode):
     assert server.engine.meter.outcomes["failed"] == 0
     answer = httpx.post(server.url + "/v1/completions", json={"model": "tiny", "prompt": "x", "max_tokens": 1})
     assert answer.status_code == 200
+
+
+def _whole(value):
+    """1.0 is an integer to JSON Schema and none to this server."""
+    if isinstance(value, list):
+        return [_whole(part) for part in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value
