@@ -20,8 +20,8 @@ from moesaic.trace.sweep import build
 from moesaic.view import load, quiet, tiny
 from moesaic.view.coverage import first_floats
 
-FAST = ["qwen3_moe", "gpt_oss", "ernie4_5_vl_moe", "inkling2", "jamba", "qwen3_vl_moe"]
-"""Per expert and stacked; biased, transposed and interleaved; two banks in one list; rows permuted; checked shapes."""
+FAST = ["gpt_oss", "ernie4_5_vl_moe", "inkling2"]
+"""Stacked, biased, transposed and interleaved; per expert, two banks in one list; rows permuted."""
 
 SHARES = (0.1, 0.4, 1.0)
 POLICIES = ("none", "lru", "lfu", "slru", "static:mask=uniform", "lru:scope=global")
@@ -75,8 +75,8 @@ def test_logits_are_bitwise_equal(name, tmp_path):
     check(name, tmp_path, ["auto"], ["lru", "none"])
 
 
-def test_a_cast_while_reading_is_bitwise_equal(tmp_path):
-    check("qwen3_moe", tmp_path, ["bfloat16"], ["lru"])
+def test_as_stored_and_cast_while_reading(tmp_path):
+    check("qwen3_moe", tmp_path, ["auto", "bfloat16"], ["lru"])
 
 
 @pytest.mark.slow
@@ -115,7 +115,7 @@ def cases(policies, shares, every):
     return [pytest.param(*pair, marks=[pytest.mark.slow] if i % every else []) for i, pair in enumerate(pairs)]
 
 
-@pytest.mark.parametrize(("policy", "share"), cases(POLICIES, SHARES, 4))
+@pytest.mark.parametrize(("policy", "share"), cases(POLICIES, SHARES, 7))
 def test_the_compiled_passes_are_bitwise_equal(checkpoint, share, policy):
     with load_streamed(checkpoint.folder, resident=share, policy=policy) as streamed:
         with torch.no_grad():
@@ -132,7 +132,7 @@ def test_the_compiled_passes_are_bitwise_equal(checkpoint, share, policy):
 REPLAYED = [*POLICIES, "lru:bypass_tokens=8", "lfu:half_life=4"]
 
 
-@pytest.mark.parametrize(("policy", "share"), cases(REPLAYED, (0.1, 0.3, 0.6, 1.0), 5))
+@pytest.mark.parametrize(("policy", "share"), cases(REPLAYED, (0.1, 0.3, 0.6, 1.0), 9))
 def test_hits_are_those_of_the_replay(checkpoint, tmp_path, policy, share):
     """Record what the streamed model does; the simulator, with the same policy and capacity, counts the same."""
     streamed = load_streamed(checkpoint.folder, resident=share, policy=policy)
