@@ -72,7 +72,7 @@ def slack(engine):
 
 @pytest.mark.parametrize("name", FAST)
 def test_logits_are_bitwise_equal(name, tmp_path):
-    check(name, tmp_path, ["auto"], ["lru", "none"])
+    check(name, tmp_path, ["auto"], ["lru:scope=global", "none"])
 
 
 def test_as_stored_and_cast_while_reading(tmp_path):

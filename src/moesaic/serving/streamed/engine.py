@@ -179,12 +179,12 @@ class Engine:
             count_CL[row, layer.number] += int((act == action).sum())
         for l, e in decision.evicted_M2.tolist():
             self._give(self.layers[l], e)
-        if len(self._slots) > 1 and self.held_bytes > self.plan.budget_bytes:
-            for slots in self._slots.values():
-                slots.trim()
         loads = sorted(decision.experts_n[act == S.LOAD].tolist())
         for e in loads:
             self._take(layer, e)
+        if len(self._slots) > 1 and self.held_bytes > self.plan.budget_bytes:  # experts of one size made room for others'
+            for slots in self._slots.values():
+                slots.trim()
         return _Wave(self, layer, loads, set(decision.experts_n[act == S.STREAM].tolist()))
 
     def _take(self, layer: Layer, e: int) -> int:
