@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 from moesaic.core.errors import BadInput
 from moesaic.store.reader import Reader
-from moesaic.store.table import INDEX, SINGLE, Table, header_bytes
+from moesaic.store.table import INDEX, SINGLE, Table
 
 TENSORS = {
     "experts.gate_up_proj": torch.arange(24, dtype=torch.float32).view(3, 4, 2),
@@ -105,7 +105,8 @@ def test_a_truncated_file_names_itself(folder, keep):
 
 
 def write(folder, header, data=b"\0" * 64):
-    (folder / SINGLE).write_bytes(header_bytes(header) + data)
+    raw = json.dumps(header).encode()
+    (folder / SINGLE).write_bytes(len(raw).to_bytes(8, "little") + raw + data)
     return folder
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import struct
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
@@ -165,10 +164,3 @@ def _tensor(path: Path, name: str, entry: Any, base: int) -> Range:
     if math.prod(shape) * DTYPES[kind].itemsize != last - first:
         raise BadInput(f"{path} is corrupted: tensor {name} has {last - first} bytes for {kind} {list(shape)}")
     return Range(path, base + first, last - first, DTYPES[kind], shape, name)
-
-
-def header_bytes(header: dict[str, Any]) -> bytes:
-    """A header as it stands at the head of a file, padded so that data begins at a multiple of 8 bytes."""
-    raw = json.dumps(header).encode()
-    raw += b" " * (-len(raw) % 8)
-    return struct.pack("<Q", len(raw)) + raw

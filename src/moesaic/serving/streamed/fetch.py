@@ -29,19 +29,13 @@ class Fetch:
         self._after = []
         return waited
 
-    def hurry(self) -> None:
-        self._ticket.hurry()
-
-    def cancel(self) -> None:
-        self._ticket.cancel()
-
 
 def in_place(source: Source, dtype: torch.dtype) -> bool:
     """Whether an expert's stored bytes are the very bytes of its slot."""
     return source.order is not None and source.ranges(0)[0].dtype == dtype
 
 
-def fetch(reader: Reader, e: int, matrices: list[tuple[Source, Tensor]], prefetch: bool = False) -> Fetch:
+def fetch(reader: Reader, e: int, matrices: list[tuple[Source, Tensor]]) -> Fetch:
     """Begin to read expert e of each source into its matrix, one slot's `[., .]`."""
     pieces: list[tuple[Range, Tensor]] = []
     after: list[Callable[[], None]] = []
@@ -56,7 +50,7 @@ def fetch(reader: Reader, e: int, matrices: list[tuple[Source, Tensor]], prefetc
             read = [torch.empty(stored.shape, dtype=stored.dtype) for stored in ranges]
             pieces += zip(ranges, read, strict=True)
             after.append(_placing(source, matrix, read))
-    return Fetch(reader.fetch(pieces, prefetch), after)
+    return Fetch(reader.fetch(pieces), after)
 
 
 def _placing(source: Source, matrix: Tensor, read: list[Tensor]) -> Callable[[], None]:
