@@ -6,6 +6,7 @@ import json
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -27,8 +28,8 @@ OPENED_CHOICES = 100_000_000
 
 @dataclass
 class Options:
-    rounds: int = 30
-    seconds: float = 20.0
+    rounds: int = 60
+    seconds: float = 40.0
     device: str = "cpu"
     cases: tuple[str, ...] = ("bundled", "k8")
 
@@ -58,11 +59,8 @@ def _k8(device: str) -> Any:
 
 
 MODELS: dict[str, Callable[[str], Any]] = {"bundled": _bundled, "k8": _k8}
-PASSES = {"prefill": (4, 512, 0), "decode": (1, 16, 192), "decode x4": (4, 16, 128)}
+PASSES = {"prefill": (4, 512, 0), "decode": (1, 16, 32), "decode x4": (4, 16, 24)}
 """Case -> rows, prompt tokens, generated tokens."""
-
-REPEATS = 4
-"""Forward passes of a prefill round: opening and closing the file are part of it, as they are of a real recording."""
 
 
 def run(options: Options, progress: Callable[[str], None] = lambda text: None) -> dict[str, Any]:
@@ -91,38 +89,45 @@ def _overhead(name: str, kind: str, model: Any, options: Options, folder: Path) 
         ids = texts[i % len(texts)]
         with torch.inference_mode():
             if not new:
-                return [model(input_ids=ids, use_cache=False, logits_to_keep=1, **given) for _ in range(REPEATS)]
+                return model(input_ids=ids, use_cache=False, logits_to_keep=1, **given)
             sampling = {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False, "pad_token_id": 0}
             return model.generate(ids, attention_mask=torch.ones_like(ids), **sampling)
 
-    def traced(**kept: Any) -> Callable[[int], Any]:
-        def once(i: int) -> Any:
-            with trace(model, folder / "bench.moetrace", overwrite=True, **kept):
-                return work(i)
+    opened = ExitStack()
 
+    def watched(log: Any) -> Callable[[int], Any]:
+        """Attached for the time of a round, with its file open throughout, as in a recording of hours."""
+
+        def once(i: int) -> Any:
+            log.attach()
+            try:
+                return work(i)
+            finally:
+                log.detach()
+
+        opened.callback(log.close)
         return once
 
-    def lines(i: int) -> Any:
-        with JsonLines(view(model), folder / "bench.jsonl"):
-            return work(i)
+    def traced(name: str, **kept: Any) -> Callable[[int], Any]:
+        return watched(trace(model, folder / f"{name}.moetrace", overwrite=True, **kept))
 
     contestants: dict[str, Callable[[int], Any]] = {
         "forward alone": work,
-        "moesaic.trace": traced(),
-        "moesaic.trace, ids only": traced(weights=False),
-        "moesaic.trace, logits too": traced(logits=True),
-        "JSON lines": lines,
+        "moesaic.trace": traced("all"),
+        "moesaic.trace, logits too": traced("logits", logits=True),
+        "JSON lines": watched(JsonLines(view(model), folder / "bench.jsonl")),
     }
     if not new:
         contestants["transformers router logits"] = lambda i: _kept(work(i, output_router_logits=True))
-    seconds = interleave(contestants, options.rounds, options.seconds, options.device)
+    with opened:
+        seconds = interleave(contestants, options.rounds, options.seconds, options.device)
     base = seconds["forward alone"]
     return [
         {
             "impl": impl,
             "model": name,
             "case": kind,
-            "T": batch * (prompt + new - 1 if new else prompt * REPEATS),
+            "T": batch * (prompt + new - 1 if new else prompt),
             **summary(times),
             "floor_seconds": median(base),
             "overhead": median(t / b for t, b in zip(times, base, strict=True)) - 1,
@@ -132,29 +137,29 @@ def _overhead(name: str, kind: str, model: Any, options: Options, folder: Path) 
     ]
 
 
-def _kept(outputs: list[Any]) -> list[np.ndarray]:
+def _kept(output: Any) -> list[np.ndarray]:
     """What a user of `output_router_logits=True` keeps."""
-    return [logits.float().cpu().numpy() for output in outputs for logits in output.router_logits]
+    return [logits.float().cpu().numpy() for logits in output.router_logits]
 
 
 class JsonLines:
     """The usual logger: a line per token and layer, as `json_line` writes it."""
 
     def __init__(self, blocks: View, path: Path) -> None:
-        self.blocks, self.path = blocks, path
+        self.blocks, self.stream = blocks, path.open("w")
 
-    def __enter__(self) -> JsonLines:
-        self.stream = self.path.open("w")
+    def attach(self) -> None:
         self.handles = [block.on_choice(self._write) for block in self.blocks]
-        return self
 
     def _write(self, choice: Any, block: Any) -> None:
         for position, (ids, weights) in enumerate(zip(choice.ids.tolist(), choice.weights.float().tolist(), strict=True)):
             self.stream.write(json_line((0, 0, position, 0, "text"), block.layer, ids, weights))
 
-    def __exit__(self, *_: object) -> None:
+    def detach(self) -> None:
         for handle in self.handles:
             handle.remove()
+
+    def close(self) -> None:
         self.stream.close()
 
 

@@ -53,3 +53,37 @@ def open_streamed(name: str, dtype: str, *, trust_remote_code: bool = False, **h
         streamed.close()
         raise BadInput(f"{name} has no tokenizer: put its tokenizer files beside config.json")
     return Opened(streamed.model, streamed.tokenizer, resolve_model(name)), streamed
+
+
+def streaming(
+    memory: str | None,
+    resident: float | None,
+    policy: str,
+    page_cache: str,
+    experts: str = "moesaic",
+    others: dict[str, bool] | None = None,
+) -> dict[str, Any] | None:
+    """How to stream, None where the model is to be loaded whole. `others`: options that only streaming has, and whether given.
+
+    Raises BadInput for options that do not go together.
+    """
+    if memory is not None and resident is not None:
+        raise BadInput(f"give --memory {memory} or --resident {resident:g}, not both")
+    if memory is None and resident is None:
+        given = {"--policy": policy != "lru", "--page-cache": page_cache != "direct", **(others or {})}
+        for option, is_given in given.items():
+            if is_given:
+                raise BadInput(f"{option} is about experts on disk: give --memory or --resident with it")
+        return None
+    if experts != "moesaic":
+        raise BadInput(f"--experts {experts} needs all experts in memory: streamed ones run on moesaic's kernels")
+    if page_cache not in ("direct", "keep", "drop"):
+        raise BadInput(f"--page-cache {page_cache!r}: one of direct, keep, drop")
+    if resident is not None and not 0 < resident <= 1:
+        raise BadInput(f"--resident {resident:g}: give a share above 0, at most 1")
+    if memory is not None:
+        from moesaic.core.sizes import parse_bytes
+
+        if parse_bytes(memory, "--memory") <= 0:
+            raise BadInput(f"--memory {memory}: give more than 0 bytes")
+    return {"memory": memory, "resident": resident, "policy": policy, "page_cache": page_cache}

@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 
 from moesaic.cli.common import Debug, Json, console, emit, progress_console, single
-from moesaic.cli.loading import Opened, open_model, open_streamed
+from moesaic.cli.loading import Opened, open_model, open_streamed, streaming
 from moesaic.core.errors import BadInput, MoesaicError
 
 DEFAULT_PROMPT = "It is a truth universally acknowledged, that"
@@ -57,7 +57,7 @@ def run(
     """Generate text, stream it, and show which experts did the work; a page with the details is written beside."""
     if threads is not None and threads < 1:
         raise BadInput(f"--threads {threads}: must be at least 1")
-    streams = _streaming(memory, resident, policy, page_cache, verify, experts)
+    streams = streaming(memory, resident, policy, page_cache, experts, {"--verify": verify})
     text = None if interactive and prompt is None and prompt_file is None else _prompt(prompt, prompt_file)
     target = None if no_page else page
     if target is not None:
@@ -98,32 +98,6 @@ def run(
         emit(live.result(written))
     if live.verified is not None and not all(live.verified.values()):
         raise typer.Exit(1)
-
-
-def _streaming(
-    memory: str | None, resident: float | None, policy: str, page_cache: str, verify: bool, experts: str
-) -> dict[str, Any] | None:
-    """How to stream, None where the model is to be loaded whole. Raises BadInput for options that do not go together."""
-    if memory is not None and resident is not None:
-        raise BadInput(f"give --memory {memory} or --resident {resident:g}, not both")
-    if memory is None and resident is None:
-        given = [("--policy", policy != "lru"), ("--page-cache", page_cache != "direct"), ("--verify", verify)]
-        for option, is_given in given:
-            if is_given:
-                raise BadInput(f"{option} is about experts on disk: give --memory or --resident with it")
-        return None
-    if experts != "moesaic":
-        raise BadInput(f"--experts {experts} needs all experts in memory: streamed ones run on moesaic's kernels")
-    if page_cache not in ("direct", "keep", "drop"):
-        raise BadInput(f"--page-cache {page_cache!r}: one of direct, keep, drop")
-    if resident is not None and not 0 < resident <= 1:
-        raise BadInput(f"--resident {resident:g}: give a share above 0, at most 1")
-    if memory is not None:
-        from moesaic.core.sizes import parse_bytes
-
-        if parse_bytes(memory, "--memory") <= 0:
-            raise BadInput(f"--memory {memory}: give more than 0 bytes")
-    return {"memory": memory, "resident": resident, "policy": policy, "page_cache": page_cache}
 
 
 def _prompt(prompt: str | None, prompt_file: Path | None) -> str:

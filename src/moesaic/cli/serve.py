@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from moesaic.cli.common import Debug, Json, emit, progress_console, single
-from moesaic.cli.loading import open_model
+from moesaic.cli.loading import open_model, open_streamed, streaming
 from moesaic.core.errors import BadInput
 
 
@@ -43,6 +43,14 @@ def serve(
     experts: Annotated[
         str, typer.Option(help="Who computes the experts: moesaic, grouped_mm, batched_mm or eager.")
     ] = "moesaic",
+    memory: Annotated[
+        str | None, typer.Option(help="Leave experts on disk; so much memory may hold some of them, such as 6GiB.")
+    ] = None,
+    resident: Annotated[float | None, typer.Option(help="The same as a share of all experts' bytes, such as 0.4.")] = None,
+    policy: Annotated[
+        str, typer.Option(help="Which experts stay in memory: a policy of `moesaic replay`, or name:option=value.")
+    ] = "lru",
+    page_cache: Annotated[str, typer.Option(help="Reads of experts: direct (past it), keep or drop.")] = "direct",
     threads: Annotated[int | None, typer.Option(help="CPU threads; default: one for a small model, else one per core.")] = None,
     dense_ok: Annotated[bool, typer.Option(help="Serve a model without experts anyway.")] = False,
     trust_remote_code: Annotated[bool, typer.Option(help="Let a hub model run its own code.")] = False,
@@ -56,6 +64,9 @@ def serve(
         raise BadInput(f"--max-context {max_context}: must be at least 2 (a token of prompt, a token of answer)")
     if not 0 <= grace < float("inf"):
         raise BadInput(f"--grace {grace}: must be 0 or more")
+    streams = streaming(memory, resident, policy, page_cache, experts)
+    if streams is not None and device not in (None, "cpu"):
+        raise BadInput(f"--device {device}: experts stream to the CPU only so far")
     keys = _keys(api_key, api_key_file)
     from moesaic.serving import http
 
@@ -63,10 +74,13 @@ def serve(
     from moesaic.serving.http.server import listen
 
     bound = listen(host, port)  # a port that is taken is known before minutes of loading
-    opened = open_model(model, dtype, experts=experts, dense_ok=dense_ok, trust_remote_code=trust_remote_code)
-    if device is not None:
-        opened.model.to(_device(device))
-    if dtype == "auto":
+    if streams is not None:
+        opened, _ = open_streamed(model, dtype, trust_remote_code=trust_remote_code, **streams)
+    else:
+        opened = open_model(model, dtype, experts=experts, dense_ok=dense_ok, trust_remote_code=trust_remote_code)
+        if device is not None:
+            opened.model.to(_device(device))
+    if dtype == "auto" and streams is None:
         from moesaic.serving.describe import widen
 
         widen(opened.model)
@@ -78,6 +92,7 @@ def serve(
         bound=bound,
         keys=keys,
         engine={"max_rows": max_rows, "max_waiting": max_waiting, "max_context": max_context, "alone": alone},
+        packs=streams is None,
         threads=threads,
         max_body=max_body,
         timeout=timeout,
@@ -97,6 +112,7 @@ def run(
     bound: Any,
     keys: list[str],
     engine: dict[str, Any],
+    packs: bool = True,
     threads: int | None,
     max_body: int,
     timeout: float,
@@ -105,7 +121,7 @@ def run(
     access_log: bool,
     json: bool,
 ) -> None:
-    """Serve a loaded model, wherever it came from, until a signal."""
+    """Serve a loaded model, wherever it came from, until a signal. `packs`: its experts may get packed copies."""
     import torch
 
     from moesaic.serving.describe import allow_packing, choose_threads, describe
@@ -114,7 +130,8 @@ def run(
     from moesaic.serving.http.server import Server, serve
     from moesaic.serving.http.service import Service
 
-    allow_packing(model)
+    if packs:
+        allow_packing(model)
     facts = describe(model, source)
     facts["threads"], why = choose_threads(facts, threads)
     made = Engine(model, tokenizer, threads=torch.get_num_threads(), **engine)

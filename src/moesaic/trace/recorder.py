@@ -120,13 +120,21 @@ class Recorder:
         return self.writer.tokens + self._queued
 
     def __enter__(self) -> Recorder:
+        self.attach()
+        return self
+
+    def attach(self) -> None:
+        """Watch the model, from now on or again."""
         self._hooks.enter_context(calls.watch_calls(self.model, self._before, self._after))
         for i, block in enumerate(self.view):
             self._hooks.enter_context(block.on_choice(self._watcher(i), scores=self.keep_logits))
-        return self
+
+    def detach(self) -> None:
+        """Leave the model alone until `attach`; the file stays open."""
+        self._hooks.close()
 
     def __exit__(self, failed: object, *_: object) -> None:
-        self._hooks.close()
+        self.detach()
         if failed is not None:  # a pass that was cut short has no choices for its last layers
             self._here.current = None
         self.close()
