@@ -13,7 +13,7 @@ import torch
 
 import moesaic
 from moesaic.core.errors import BadInput, MissingNeed
-from moesaic.serving.streamed import load_streamed
+from moesaic.serving.streamed import expert_parameters, load_streamed
 from moesaic.store import Reader, ReadFailed
 from moesaic.trace.replay import replay
 from moesaic.trace.sweep import build
@@ -59,7 +59,8 @@ def check(name, folder, dtypes, policies):
                             raise
                         continue
                     with streamed:
-                        assert all(p.is_meta for n, p in streamed.model.named_parameters() if "experts" in n and p.dim() == 3)
+                        routed = expert_parameters(streamed.model)
+                        assert all(p.is_meta == (n in routed) for n, p in streamed.model.named_parameters())
                         for _ in range(2):
                             assert torch.equal(run(streamed.model, inputs), expected), (model_class, dtype, share, policy)
                         assert streamed.engine.held_bytes <= streamed.engine.plan.budget_bytes + slack(streamed.engine)
