@@ -158,6 +158,20 @@ def test_gradients_are_those_of_autograd(loaded, documents, tmp_path):
     assert all(p.requires_grad and p.grad is None for p in model.parameters())
 
 
+@pytest.mark.parametrize("layers_at_once", [None, 1])
+def test_gradients_beside_the_other_tiers_and_a_trace(loaded, documents, tmp_path, layers_at_once):
+    """The passes of tier B are in no other tier and in no trace."""
+    options = {"context": 24, "batch_size": 3, "layers_at_once": layers_at_once}
+    alone = calibrate(loaded, documents[:3], tmp_path / "alone", tiers="B", **options)
+    plain = calibrate(loaded, documents[:3], tmp_path / "plain", tiers="R0,R1", **options)
+    both = calibrate(loaded, documents[:3], tmp_path / "both", tiers="R0,R1,B", trace=tmp_path / "a.moetrace", **options)
+    for layer in range(2):
+        found = both.layer(layer).sums
+        for name, tensor in (alone.layer(layer).sums | plain.layer(layer).sums).items():
+            assert torch.allclose(found[name], tensor, rtol=1e-5, atol=1e-9), name
+    assert len(open_trace(tmp_path / "a.moetrace")) == both.header.progress["tokens"]
+
+
 def test_derived_quantities(loaded, documents, tmp_path):
     stats = calibrate(loaded, documents, tmp_path / "a", **OPTIONS).layer(0)
     assert torch.allclose(stats.mean("norm"), stats["norm_sum"] / stats["selection_count"].clamp(min=1))

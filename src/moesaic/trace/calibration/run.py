@@ -181,14 +181,14 @@ class _Run:
         for number in range(int(done["group"]), len(self.groups)):
             layers = self.groups[number]
             sums = self._held(layers) if done["pieces_done"] else {layer: {} for layer in layers}
+            if "B" in self.header.tiers and not done["pieces_done"]:  # before any hook is on: its passes are not to be counted
+                self._backward(layers, sums)
             with ExitStack() as stack:
                 last = number == len(self.groups) - 1
                 recorder = self._recorder(stack) if last and self.trace is not None else None
                 features = self._features(stack) if "C" in forward else None
                 if forward:
                     self._forward(number, layers, sums, forward, recorder, features, stack)
-                if "B" in self.header.tiers:
-                    self._backward(layers, sums)
                 done |= {"group": number + 1, "pieces_done": 0, "complete": last}
                 done["tokens"] = self.tokens
                 self._save(f"state-{number + 1}-0", sums)
@@ -276,8 +276,7 @@ class _Run:
             for piece in self.found:
                 backward.step(torch.tensor(piece.ids))
             for layer in layers:
-                domain = next(iter(sums[layer]), "")
-                sums[layer][domain] = added([sums[layer].get(domain, {}), backward.sums[layer]])
+                sums[layer][""] = added([sums[layer].get("", {}), backward.sums[layer]])
 
     def _save(self, name: str, sums: dict[int, dict[str, Statistics]]) -> None:
         keep = self.out / self.header.state if self.header.state else None
