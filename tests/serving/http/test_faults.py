@@ -36,9 +36,11 @@ def test_a_client_that_leaves_frees_its_row(bundled, start, stream):
     assert server.engine.meter.completion_tokens < 900
 
 
-def test_sixty_four_clients_of_which_half_disconnect(bundled, start):
+def test_sixty_four_clients_of_which_half_disconnect(bundled, start, monkeypatch):
     """The 32 that stay get exactly the text that they would get alone; the 32 that left hold nothing."""
     server = start(*bundled, names=("tiny",), max_rows=16, max_waiting=64)
+    submit, jobs = server.engine.submit, []
+    monkeypatch.setattr(server.engine, "submit", lambda work: (jobs.extend(work), submit(work))[1])
     prompts = ["Once upon a time", "def f(x):", "It was", "The sea"]
     options = {"temperature": 0, "model": "tiny"}
     expected = {}
@@ -88,7 +90,9 @@ def test_sixty_four_clients_of_which_half_disconnect(bundled, start):
     assert not server.engine._batches
     outcomes = server.engine.meter.outcomes
     assert outcomes["done"] == 4 + 32
-    assert outcomes["done"] + outcomes["cancelled"] == 4 + 64
+    # On a slow machine a client may leave before its request was read; what was read has one outcome, and is over.
+    assert outcomes["done"] + outcomes["cancelled"] == len(jobs) <= 4 + 64
+    assert outcomes["cancelled"] > 0 and all(job.over for job in jobs)
     assert outcomes["failed"] == outcomes["refused"] == 0
 
 
