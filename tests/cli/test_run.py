@@ -198,7 +198,7 @@ def test_a_full_disk_loses_the_page_but_not_the_text(moesaic, tiny_moe, tmp_path
     def full(descriptor):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr("moesaic.report.files.os.fsync", full)
+    monkeypatch.setattr("moesaic.core.files.os.fsync", full)
     result = moesaic("run", tiny_moe, "the router", "--page", page, *SHORT, *(["--json"] if as_json else []))
     assert "No space left on device" in result.complaint
     assert str(page) in result.complaint

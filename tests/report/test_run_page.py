@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from moesaic.core.errors import BadInput
-from moesaic.report.files import write_atomically
+from moesaic.core.files import write_atomically
 from moesaic.report.run_page import MOST_TOKENS, Layer, RunPage
 
 spec = importlib.util.spec_from_file_location("browser", Path(__file__).with_name("browser.py"))

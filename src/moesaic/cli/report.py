@@ -32,8 +32,8 @@ def report(
     debug: Debug = False,
 ) -> None:
     """Write the page: loads, domains, tokens, pairs of experts, flows between layers, cache curves, coloured texts."""
+    from moesaic.core.files import check_writable, write_atomically
     from moesaic.report import trace_page
-    from moesaic.report.files import check_writable, write_atomically
     from moesaic.trace import open_trace
 
     began = time.perf_counter()

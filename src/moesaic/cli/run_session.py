@@ -13,7 +13,7 @@ from rich.table import Table
 from moesaic import __version__
 from moesaic.cli.loading import Opened, open_model
 from moesaic.core.errors import NotMoE
-from moesaic.report.files import write_atomically
+from moesaic.core.files import write_atomically
 from moesaic.report.run_page import Layer, RunPage
 from moesaic.serving.describe import allow_packing, choose_threads, describe, packed_bytes
 from moesaic.serving.generate import Generation, Sampling, encode, generate

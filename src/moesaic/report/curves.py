@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from moesaic.core.errors import BadInput, MoesaicError
-from moesaic.report.files import write_atomically
+from moesaic.core.files import write_atomically
 
 WIDTH, LEFT, RIGHT, TOP = 900, 62, 150, 46
 HEIGHTS, GAP = (300, 170), 64

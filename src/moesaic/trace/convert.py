@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import zipfile
 from dataclasses import asdict
 from pathlib import Path
@@ -12,22 +11,16 @@ from typing import Any
 import numpy as np
 
 from moesaic.core.errors import BadInput
-from moesaic.trace.file import KEY, VERSION, Header, Trace, TraceLayer, from_arrays
+from moesaic.core.files import replacing
+from moesaic.trace.file import KEY, VERSION, Header, Trace, from_arrays
 
 ROWS_AT_ONCE = 1 << 16
 
 
 def to_npz(trace: Trace, path: str | Path) -> None:
     """A NumPy archive with the trace's columns under their own names and its header as JSON text."""
-    path = Path(path)
-    scratch = path.with_name(f".{path.name}.partial.npz")
-    try:
+    with replacing(path, ".npz") as scratch:
         np.savez(scratch, header=np.array(trace.header.metadata()[KEY]), **trace.columns)  # type: ignore[arg-type]
-        os.replace(scratch, path)
-    except OSError as error:
-        raise BadInput(f"cannot write {path}: {error.strerror or error}") from error
-    finally:
-        scratch.unlink(missing_ok=True)
 
 
 def from_npz(path: str | Path) -> Trace:
@@ -58,8 +51,6 @@ def from_npz(path: str | Path) -> Trace:
 def to_parquet(trace: Trace, path: str | Path) -> None:
     """A table with a row per token and layer: sequence, position, step, domain, token, layer, experts, weights."""
     arrow, parquet = _arrow()
-    path = Path(path)
-    scratch = path.with_name(f".{path.name}.partial")
     layers, slots = len(trace.layers), trace.top_k
     fields = [("sequence", arrow.int32()), ("position", arrow.int32()), ("step", arrow.int64()), ("domain", arrow.string())]
     fields += [("token", arrow.int64()), ("layer", arrow.int16()), ("experts", arrow.list_(arrow.int16()))]
@@ -68,16 +59,10 @@ def to_parquet(trace: Trace, path: str | Path) -> None:
     header = json.dumps({"version": VERSION, **asdict(trace.header)})
     schema = arrow.schema(fields, metadata={KEY: header})
     names = np.array([*trace.domains, None], object)[trace.domain_S]
-    try:
-        with parquet.ParquetWriter(scratch, schema) as writer:
-            for start in range(0, len(trace), max(1, ROWS_AT_ONCE // layers)):
-                rows = slice(start, min(len(trace), start + max(1, ROWS_AT_ONCE // layers)))
-                writer.write_table(_table(arrow, trace, rows, names, slots, schema))
-        os.replace(scratch, path)
-    except OSError as error:
-        raise BadInput(f"cannot write {path}: {error.strerror or error}") from error
-    finally:
-        scratch.unlink(missing_ok=True)
+    with replacing(path) as scratch, parquet.ParquetWriter(scratch, schema) as writer:
+        for start in range(0, len(trace), max(1, ROWS_AT_ONCE // layers)):
+            rows = slice(start, min(len(trace), start + max(1, ROWS_AT_ONCE // layers)))
+            writer.write_table(_table(arrow, trace, rows, names, slots, schema))
 
 
 def _table(arrow: Any, trace: Trace, rows: slice, names: np.ndarray, slots: int, schema: Any) -> Any:
@@ -165,8 +150,3 @@ def _arrow() -> tuple[Any, Any]:
     except ImportError as error:
         raise BadInput("Parquet needs pyarrow: pip install 'moesaic[parquet]'") from error
     return pyarrow, pyarrow.parquet
-
-
-def header_of(experts_L: list[int], top_k: int, model: str) -> Header:
-    """A header for choices that come from elsewhere."""
-    return Header(tuple(TraceLayer(f"layers.{i}", e, top_k) for i, e in enumerate(experts_L)), model=model)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from moesaic.core.errors import BadInput
+from moesaic.core.files import check_writable, replacing
 from moesaic.trace import segments
 from moesaic.trace.file import Trace, open_trace
 from moesaic.trace.join import BY_ROW
@@ -18,18 +18,10 @@ from moesaic.trace.join import BY_ROW
 def save(trace: Trace, path: str | Path) -> Trace:
     """Write a trace as one file, whole or not at all; the opened file."""
     path = Path(path).expanduser()
-    if path.is_dir() or not path.parent.is_dir():
-        raise BadInput(f"cannot write {path}: " + ("it is a folder" if path.is_dir() else f"there is no folder {path.parent}"))
-    scratch = path.with_name(f".{path.name}.partial")
+    check_writable(path)
     columns = {name: np.asarray(column) for name, column in trace.columns.items() if name != "written"}
-    try:
-        with scratch.open("wb") as stream:
-            segments.append(stream, columns, trace.header.metadata())
-        os.replace(scratch, path)
-    except OSError as error:
-        raise BadInput(f"cannot write {path}: {error.strerror or error}") from error
-    finally:
-        scratch.unlink(missing_ok=True)
+    with replacing(path) as scratch, scratch.open("wb") as stream:
+        segments.append(stream, columns, trace.header.metadata())
     return open_trace(path)
 
 

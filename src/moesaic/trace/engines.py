@@ -15,8 +15,7 @@ from typing import Any
 import numpy as np
 
 from moesaic.core.errors import BadInput
-from moesaic.trace.convert import header_of
-from moesaic.trace.file import Trace, from_arrays
+from moesaic.trace.file import Header, Trace, TraceLayer, from_arrays
 from moesaic.trace.join import runs_of
 
 
@@ -117,8 +116,7 @@ def _together(
     ids_TLK = ids_TLK[:, list(moe_layers)]
     if ids_TLK.max() >= experts:
         raise BadInput(f"expert {ids_TLK.max()} in the arrays, but the model has {experts}")
-    header = header_of([experts] * len(moe_layers), ids_TLK.shape[2], model)
-    header = type(header)(tuple(x._replace(name=f"layers.{i}") for x, i in zip(header.layers, moe_layers, strict=True)), model)
+    header = Header(tuple(TraceLayer(f"layers.{i}", experts, ids_TLK.shape[2]) for i in moe_layers), model)
     lengths = [len(array) for array in arrays]
     known = np.concatenate(tokens) if len(tokens) == len(arrays) else None
     trace = from_arrays(ids_TLK, experts, lengths=lengths, tokens_T=known, header=header)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from moesaic.core.errors import BadInput
+from moesaic.core.files import check_writable, replacing
 from moesaic.trace import segments
 from moesaic.trace.file import Header, Trace, open_trace
 from moesaic.trace.join import BY_ROW, joined, runs_of, write_joined
@@ -21,11 +21,8 @@ FLUSH_SECONDS = 2.0
 
 def check_place(path: Path, may_exist: bool = False) -> None:
     """Raises BadInput where no trace can be written, or where one stands that would be lost."""
-    if not path.parent.is_dir():
-        raise BadInput(f"cannot write {path}: there is no folder {path.parent}")
-    if not os.access(path.parent, os.W_OK):
-        raise BadInput(f"cannot write {path}: no permission to write in {path.parent.resolve()}")
-    if path.exists() and not (may_exist and path.is_file()):
+    check_writable(path)
+    if path.exists() and not may_exist:
         raise BadInput(f"{path} exists: name another file, resume it, or say that it may be overwritten")
 
 
@@ -135,14 +132,11 @@ class Writer:
         elif self.resumed is None:
             return None
         found, _ = segments.read(self.path)
-        scratch = self.path.with_name(f".{self.path.name}.joining")
         try:
-            write_joined(scratch, [segment.columns for segment in found], header.metadata())
-            os.replace(scratch, self.path)
-        except OSError as error:
-            raise BadInput(f"cannot finish {self.path}: {error.strerror or error}; what was flushed can be read") from error
-        finally:
-            scratch.unlink(missing_ok=True)
+            with replacing(self.path) as scratch:
+                write_joined(scratch, [segment.columns for segment in found], header.metadata())
+        except BadInput as error:
+            raise BadInput(f"{error}; what was flushed can be read") from error
         return open_trace(self.path)
 
 

@@ -24,6 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from moesaic.core.errors import BadInput
+from moesaic.core.files import write_atomically
 from moesaic.trace import segments
 from moesaic.trace.calibration.tiers import BINS, Statistics, combine
 from moesaic.trace.file import TraceLayer
@@ -46,10 +47,7 @@ class CalibrationHeader:
     progress: dict[str, Any] = field(default_factory=dict)
 
     def write(self, folder: Path) -> None:
-        text = json.dumps({"version": VERSION, **asdict(self)}, indent=1, ensure_ascii=False)
-        scratch = folder / ".header.partial"
-        scratch.write_text(text)
-        os.replace(scratch, folder / "header.json")
+        write_atomically(folder / "header.json", json.dumps({"version": VERSION, **asdict(self)}, indent=1, ensure_ascii=False))
 
 
 def read_header(folder: str | Path) -> CalibrationHeader:
