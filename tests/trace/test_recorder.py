@@ -85,6 +85,19 @@ def test_rows_that_ended_are_padding(loaded):
     assert recorder.result.lengths_S.tolist() == [3, 2]
 
 
+def test_a_cache_that_is_a_tuple_begins_new_sequences():
+    """Old models and remote code hand keys and values on as tuples, which nothing can be remembered by."""
+    from moesaic.trace.calls import Sequences, read_call
+
+    tokens = torch.ones(2, 3, dtype=torch.long)
+    call = read_call(None, (), {"input_ids": tokens, "past_key_values": ((tokens, tokens),)}, [])
+    numbers = Sequences()
+    assert call.continues
+    assert numbers.rows(call, "", 2) == (range(2), True)
+    numbers.keep(call.cache, "", range(2))
+    assert numbers.rows(call, "", 2) == (range(2, 4), True)
+
+
 def test_padding_is_not_recorded_and_rows_match_unpadded_runs(loaded):
     texts = [torch.randint(1, 200, (n,)) for n in (4, 9, 1)]
     ids, mask = torch.zeros(3, 9, dtype=torch.long), torch.zeros(3, 9, dtype=torch.long)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 from moesaic.core.routing import Routing
@@ -67,8 +66,3 @@ def masked_mean(values_T: Tensor, mask_T: Tensor | None) -> Tensor:
         return values_T.mean(0)
     weight = mask_T.to(values_T.dtype).view(-1, *[1] * (values_T.dim() - 1))
     return (values_T * weight).sum(0) / weight.sum().clamp(min=1)
-
-
-def recomputing() -> bool:
-    """True inside a backward pass: a forward that runs there is activation recomputation and must not count again."""
-    return torch._C._current_graph_task_id() != -1

@@ -7,8 +7,9 @@ from typing import Literal, cast
 import torch
 from torch import Tensor, nn
 
-from moesaic.balancing.balancer import Balancer, Reduce, Scope, recomputing
+from moesaic.balancing.balancer import Balancer, Reduce, Scope
 from moesaic.core.errors import BadInput
+from moesaic.core.recompute import recomputing
 from moesaic.core.registry import register
 from moesaic.core.routing import Routing
 

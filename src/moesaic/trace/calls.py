@@ -10,7 +10,6 @@ import weakref
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 from moesaic.view.tap import Handle
@@ -83,9 +82,10 @@ class Sequences:
 
     def rows(self, call: Call, stream: str, rows: int) -> tuple[range, bool]:
         """Numbers of a call's rows, and whether they are new."""
-        held = self._of_cache.get(call.cache, {}) if call.cache is not None else {}
-        if call.continues and len(held.get(stream, ())) == rows:
-            return held[stream], False
+        if call.continues and not isinstance(call.cache, tuple | list):  # old caches are tuples: nothing can be kept by them
+            held = self._of_cache.get(call.cache, {})
+            if len(held.get(stream, ())) == rows:
+                return held[stream], False
         return self.new(rows), True
 
     def new(self, rows: int) -> range:
@@ -95,10 +95,8 @@ class Sequences:
 
     def keep(self, cache: Any, stream: str, numbers: range) -> None:
         """Remember whose keys and values a cache holds."""
-        try:
+        if not isinstance(cache, tuple | list):
             self._of_cache.setdefault(cache, {})[stream] = numbers
-        except TypeError:  # caches of old style are tuples: their next call begins new sequences
-            return
 
 
 def _matrix(value: Any) -> Tensor | None:
@@ -124,8 +122,3 @@ def _cached_tokens(cache: Any) -> int:
         return int(measure()) if measure is not None else 0
     except (TypeError, ValueError, NotImplementedError, RuntimeError):
         return 0
-
-
-def in_backward() -> bool:
-    """Whether this forward is a recomputation inside a backward pass, whose routing was already seen."""
-    return torch._C._current_graph_task_id() != -1

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from moesaic import __version__
 from moesaic.core.errors import BadInput
+from moesaic.core.recompute import recomputing
 from moesaic.trace import calls
 from moesaic.trace.file import Header, Trace, TraceLayer
 from moesaic.trace.rows import Passed, Rows, widened
@@ -176,7 +177,7 @@ class Recorder:
         return watch
 
     def _see(self, i: int, choice: Choice, block: Block) -> None:
-        if calls.in_backward():
+        if recomputing():
             return
         current = getattr(self._here, "current", None)
         if current is not None and i in current.seen:  # a layer that runs twice in a pass: the second time is a pass of its own
