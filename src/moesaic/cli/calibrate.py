@@ -10,23 +10,24 @@ import typer
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from moesaic.cli import options
 from moesaic.cli.common import Debug, Json, console, emit, progress_console, single
 from moesaic.cli.loading import open_model
 from moesaic.core.errors import BadInput
 
 
 def calibrate(
-    model: Annotated[str, typer.Argument(help="A local folder, a hub id, or `bundled`.")] = "bundled",
-    data: Annotated[str, typer.Option(help="Text, or JSON lines of {text, domain}, plain or gzip: a file or a folder.")] = "",
+    model: options.Model = "bundled",
+    data: options.Data = "",
     out: Annotated[Path | None, typer.Option("--out", "-o", help="The folder to write.")] = None,
     tiers: Annotated[
         str, typer.Option(help="R0 router, R1 routed outputs, R2 second moments, A1 all experts, C features, B gradients.")
     ] = "R0,R1",
     by_domain: Annotated[bool, typer.Option("--by-domain", help="Keep every statistic apart for each domain.")] = False,
-    max_bytes: Annotated[int | None, typer.Option(help="Use at most this many bytes of each domain.")] = None,
+    max_bytes: options.MaxBytes = None,
     seed: Annotated[int | None, typer.Option(help="With --max-bytes: sample documents with this seed.")] = None,
-    context: Annotated[int | None, typer.Option(help="Tokens per piece of text; default: the model's, at most 2048.")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Pieces per forward pass.")] = None,
+    context: options.Context = None,
+    batch_size: options.BatchSize = None,
     memory: Annotated[str, typer.Option(help="Bytes the statistics may take, such as 4GiB; fewer mean more passes.")] = "",
     layers_at_once: Annotated[int | None, typer.Option(help="Layers collected per pass; default: all.")] = None,
     every: Annotated[int, typer.Option(help="Tier A1 on one token in so many.")] = 1,
@@ -34,9 +35,9 @@ def calibrate(
     trace: Annotated[Path | None, typer.Option(help="Also record this .moetrace, in the same pass.")] = None,
     merge: Annotated[list[Path] | None, typer.Option(help="Add up these shards into --out instead; several times.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from where an interrupted run was saved.")] = False,
-    dtype: Annotated[str, typer.Option(help="auto (as stored), float32, bfloat16 or float16.")] = "auto",
-    threads: Annotated[int | None, typer.Option(help="CPU threads.")] = None,
-    trust_remote_code: Annotated[bool, typer.Option(help="Let a hub model run its own code.")] = False,
+    dtype: options.Dtype = "auto",
+    threads: options.Threads = None,
+    trust_remote_code: options.TrustRemoteCode = False,
     json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -50,19 +51,12 @@ def calibrate(
 
         _show(add([open_calibration(part) for part in merge], out), time.perf_counter() - began, json)
         return
-    if not data:
-        raise BadInput("--data is missing: name a text file, a file of {text, domain} JSON lines, or a folder of them")
-    for option, value in (("--max-bytes", max_bytes), ("--batch-size", batch_size), ("--threads", threads)):
-        if value is not None and value < 1:
-            raise BadInput(f"{option} {value}: must be at least 1")
+    options.check_text(data, max_bytes, batch_size, threads)
     from moesaic.core.documents import read_documents, select
     from moesaic.core.sizes import parse_bytes
     from moesaic.trace import calibration
 
-    if threads:
-        import torch
-
-        torch.set_num_threads(threads)
+    options.use_threads(threads)
     documents = select(read_documents(data), max_bytes, seed)
     loaded, tokenizer, _ = open_model(model, dtype, trust_remote_code=trust_remote_code)
     columns = (TextColumn("calibrating"), BarColumn(), TextColumn("{task.completed:,.0f} / {task.total:,.0f} tokens"))

@@ -8,43 +8,34 @@ import typer
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from moesaic.cli import options
 from moesaic.cli.common import Debug, Json, console, emit, progress_console, single
 from moesaic.cli.loading import open_model
 from moesaic.core.documents import read_documents, select
-from moesaic.core.errors import BadInput
 
 
 def evaluate(
-    model: Annotated[str, typer.Argument(help="A local folder, a hub id, or `bundled`.")] = "bundled",
-    data: Annotated[str, typer.Option(help="Text, or JSON lines of {text, domain}, plain or gzip: a file or a folder.")] = "",
-    max_bytes: Annotated[int | None, typer.Option(help="Score at most this many bytes of each domain.")] = None,
+    model: options.Model = "bundled",
+    data: options.Data = "",
+    max_bytes: options.MaxBytes = None,
     context: Annotated[int | None, typer.Option(help="Longest input in tokens; default: the model's, at most 2048.")] = None,
     stride: Annotated[int | None, typer.Option(help="Tokens scored per further window; default: half the context.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Windows per forward pass; default: as many as fit 256 MB.")] = None,
-    dtype: Annotated[str, typer.Option(help="auto (as stored), float32, bfloat16 or float16.")] = "auto",
-    experts: Annotated[
-        str, typer.Option(help="Who computes the experts: moesaic, grouped_mm, batched_mm or eager.")
-    ] = "moesaic",
+    dtype: options.Dtype = "auto",
+    experts: options.Experts = "moesaic",
     seed: Annotated[int | None, typer.Option(help="With --max-bytes: sample documents with this seed.")] = None,
     compare_compressors: Annotated[bool, typer.Option(help="Also xz -9 and zstd -19 on each domain.")] = False,
-    threads: Annotated[int | None, typer.Option(help="CPU threads.")] = None,
-    trust_remote_code: Annotated[bool, typer.Option(help="Let a hub model run its own code.")] = False,
+    threads: options.Threads = None,
+    trust_remote_code: options.TrustRemoteCode = False,
     json: Json = False,
     debug: Debug = False,
 ) -> None:
     """Score documents: bits per byte (comparable across tokenizers), perplexity per token, per domain and overall."""
-    for option, value in (("--max-bytes", max_bytes), ("--batch-size", batch_size), ("--threads", threads)):
-        if value is not None and value < 1:
-            raise BadInput(f"{option} {value}: must be at least 1")
-    if not data:
-        raise BadInput("--data is missing: name a text file, a file of {text, domain} JSON lines, or a folder of them")
+    options.check_text(data, max_bytes, batch_size, threads)
     from moesaic.evaluation import bits_per_byte as bpb
 
     documents = select(read_documents(data), max_bytes, seed)
-    if threads:
-        import torch
-
-        torch.set_num_threads(threads)
+    options.use_threads(threads)
     loaded, tokenizer, _ = open_model(model, dtype, experts=experts, dense_ok=True, trust_remote_code=trust_remote_code)
     columns = (TextColumn("scoring"), BarColumn(), TextColumn("{task.completed:,.0f} / {task.total:,.0f} tokens"))
     with Progress(*columns, TimeRemainingColumn(), console=progress_console, transient=True) as bar:

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from moesaic.cli import options
 from moesaic.cli.common import Debug, Json, console, emit, progress_console, single
 from moesaic.cli.loading import Opened, open_model, open_streamed, streaming
 from moesaic.core.errors import BadInput, MoesaicError
@@ -19,7 +20,7 @@ PAGE = "moesaic-run.html"
 
 
 def run(
-    model: Annotated[str, typer.Argument(help="A local folder, a hub id, or `bundled`.")] = "bundled",
+    model: options.Model = "bundled",
     prompt: Annotated[str | None, typer.Argument(help="Text to continue; `-` reads standard input.")] = None,
     prompt_file: Annotated[Path | None, typer.Option(help="Read the prompt from this file.")] = None,
     interactive: Annotated[bool, typer.Option("--interactive", "-i", help="Chat; /reset forgets, /exit ends.")] = False,
@@ -31,26 +32,18 @@ def run(
     ] = 0.95,
     repetition_penalty: Annotated[float | None, typer.Option(help="Above 1 makes repeats less likely.")] = None,
     seed: Annotated[int, typer.Option(help="Same seed, same text.")] = 0,
-    dtype: Annotated[str, typer.Option(help="auto (as stored), float32, bfloat16 or float16.")] = "auto",
-    experts: Annotated[
-        str, typer.Option(help="Who computes the experts: moesaic, grouped_mm, batched_mm or eager.")
-    ] = "moesaic",
-    memory: Annotated[
-        str | None, typer.Option(help="Leave experts on disk; so much memory may hold some of them, such as 6GiB.")
-    ] = None,
-    resident: Annotated[float | None, typer.Option(help="The same as a share of all experts' bytes, such as 0.4.")] = None,
-    policy: Annotated[
-        str, typer.Option(help="Which experts stay in memory: a policy of `moesaic replay`, or name:option=value.")
-    ] = "lru",
-    page_cache: Annotated[
-        str, typer.Option(help="direct: read past the kernel's page cache; keep: fill it; drop: read through, then empty it.")
-    ] = "direct",
+    dtype: options.Dtype = "auto",
+    experts: options.Experts = "moesaic",
+    memory: options.Memory = None,
+    resident: options.Resident = None,
+    policy: options.StreamPolicy = "lru",
+    page_cache: options.PageCache = "direct",
     verify: Annotated[bool, typer.Option("--verify", help="Run the resident model too, and compare the logits.")] = False,
-    threads: Annotated[int | None, typer.Option(help="CPU threads; default: one for a small model, else one per core.")] = None,
+    threads: options.ChosenThreads = None,
     page: Annotated[Path, typer.Option(help="Where the HTML page goes.")] = Path(PAGE),
     no_page: Annotated[bool, typer.Option("--no-page", help="Write no page.")] = False,
     dense_ok: Annotated[bool, typer.Option(help="Run a model without experts anyway.")] = False,
-    trust_remote_code: Annotated[bool, typer.Option(help="Let a hub model run its own code.")] = False,
+    trust_remote_code: options.TrustRemoteCode = False,
     json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -61,7 +54,7 @@ def run(
     text = None if interactive and prompt is None and prompt_file is None else _prompt(prompt, prompt_file)
     target = None if no_page else page
     if target is not None:
-        from moesaic.report.files import check_writable
+        from moesaic.core.files import check_writable
 
         check_writable(target)
     from moesaic.cli import run_session as session

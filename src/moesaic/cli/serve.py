@@ -8,13 +8,14 @@ from typing import Annotated, Any
 
 import typer
 
+from moesaic.cli import options
 from moesaic.cli.common import Debug, Json, emit, progress_console, single
 from moesaic.cli.loading import open_model, open_streamed, streaming
 from moesaic.core.errors import BadInput
 
 
 def serve(
-    model: Annotated[str, typer.Argument(help="A local folder, a hub id, or `bundled`.")] = "bundled",
+    model: options.Model = "bundled",
     name: Annotated[
         list[str] | None, typer.Option(help="Name that requests use; may be repeated. Default: the last part of MODEL.")
     ] = None,
@@ -40,20 +41,14 @@ def serve(
         str, typer.Option(help="auto (as stored; float32 on a CPU with room), float32, bfloat16 or float16.")
     ] = "auto",
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; default: where the weights load.")] = None,
-    experts: Annotated[
-        str, typer.Option(help="Who computes the experts: moesaic, grouped_mm, batched_mm or eager.")
-    ] = "moesaic",
-    memory: Annotated[
-        str | None, typer.Option(help="Leave experts on disk; so much memory may hold some of them, such as 6GiB.")
-    ] = None,
-    resident: Annotated[float | None, typer.Option(help="The same as a share of all experts' bytes, such as 0.4.")] = None,
-    policy: Annotated[
-        str, typer.Option(help="Which experts stay in memory: a policy of `moesaic replay`, or name:option=value.")
-    ] = "lru",
-    page_cache: Annotated[str, typer.Option(help="Reads of experts: direct (past it), keep or drop.")] = "direct",
-    threads: Annotated[int | None, typer.Option(help="CPU threads; default: one for a small model, else one per core.")] = None,
+    experts: options.Experts = "moesaic",
+    memory: options.Memory = None,
+    resident: options.Resident = None,
+    policy: options.StreamPolicy = "lru",
+    page_cache: options.PageCache = "direct",
+    threads: options.ChosenThreads = None,
     dense_ok: Annotated[bool, typer.Option(help="Serve a model without experts anyway.")] = False,
-    trust_remote_code: Annotated[bool, typer.Option(help="Let a hub model run its own code.")] = False,
+    trust_remote_code: options.TrustRemoteCode = False,
     access_log: Annotated[bool, typer.Option("--access-log", help="A line per request on standard error.")] = False,
     json: Json = False,
     debug: Debug = False,

@@ -9,19 +9,20 @@ from typing import Annotated, Any
 import typer
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from moesaic.cli import options
 from moesaic.cli.common import Debug, Json, console, emit, facts_grid, progress_console, single
 from moesaic.cli.loading import open_model
 from moesaic.core.errors import BadInput
 
 
 def trace(
-    model: Annotated[str, typer.Argument(help="A local folder, a hub id, or `bundled`.")] = "bundled",
-    data: Annotated[str, typer.Option(help="Text, or JSON lines of {text, domain}, plain or gzip: a file or a folder.")] = "",
+    model: options.Model = "bundled",
+    data: options.Data = "",
     out: Annotated[Path | None, typer.Option("--out", "-o", help="The .moetrace to write.")] = None,
-    max_bytes: Annotated[int | None, typer.Option(help="Use at most this many bytes of each domain.")] = None,
+    max_bytes: options.MaxBytes = None,
     seed: Annotated[int | None, typer.Option(help="Sample documents (--max-bytes) and tokens (--generate).")] = None,
-    context: Annotated[int | None, typer.Option(help="Tokens per piece of text; default: the model's, at most 2048.")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Pieces per forward pass.")] = None,
+    context: options.Context = None,
+    batch_size: options.BatchSize = None,
     generate: Annotated[
         int, typer.Option(help="Let the model write so many tokens after the first --prompt-tokens of each document.")
     ] = 0,
@@ -33,20 +34,16 @@ def trace(
     hidden: Annotated[float, typer.Option(help="Share of tokens whose router inputs are kept.")] = 0.0,
     resume: Annotated[bool, typer.Option("--resume", help="Go on in the file of an interrupted recording.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing file.")] = False,
-    dtype: Annotated[str, typer.Option(help="auto (as stored), float32, bfloat16 or float16.")] = "auto",
-    threads: Annotated[int | None, typer.Option(help="CPU threads.")] = None,
-    trust_remote_code: Annotated[bool, typer.Option(help="Let a hub model run its own code.")] = False,
+    dtype: options.Dtype = "auto",
+    threads: options.Threads = None,
+    trust_remote_code: options.TrustRemoteCode = False,
     json: Json = False,
     debug: Debug = False,
 ) -> None:
     """Record the routing of a text: one small file for `analyze`, `replay`, `report` and everything that reads traces."""
-    for option, value in (("--max-bytes", max_bytes), ("--batch-size", batch_size), ("--threads", threads)):
-        if value is not None and value < 1:
-            raise BadInput(f"{option} {value}: must be at least 1")
+    options.check_text(data, max_bytes, batch_size, threads)
     if generate < 0 or prompt_tokens < 1:
         raise BadInput("--generate and --prompt-tokens count tokens: they cannot be negative, nor the prompt empty")
-    if not data:
-        raise BadInput("--data is missing: name a text file, a file of {text, domain} JSON lines, or a folder of them")
     if out is None:
         raise BadInput("--out is missing: name the file to write, such as -o routing.moetrace")
     if resume and generate:
@@ -56,10 +53,7 @@ def trace(
     from moesaic.trace import trace as record
 
     documents = select(read_documents(data), max_bytes, seed)
-    if threads:
-        import torch
-
-        torch.set_num_threads(threads)
+    options.use_threads(threads)
     loaded, tokenizer, _ = open_model(model, dtype, trust_remote_code=trust_remote_code)
     length = corpus.context_of(loaded.config, context)
     found = list(corpus.pieces(documents, tokenizer, length))

@@ -1,0 +1,46 @@
+"""Options that several commands share, so that they are called and explained alike."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from moesaic.core.errors import BadInput
+
+Model = Annotated[str, typer.Argument(help="A local folder, a hub id, or `bundled`.")]
+Data = Annotated[str, typer.Option(help="Text, or JSON lines of {text, domain}, plain or gzip: a file or a folder.")]
+MaxBytes = Annotated[int | None, typer.Option(help="Use at most this many bytes of each domain.")]
+Context = Annotated[int | None, typer.Option(help="Tokens per piece of text; default: the model's, at most 2048.")]
+BatchSize = Annotated[int | None, typer.Option(help="Pieces per forward pass.")]
+Dtype = Annotated[str, typer.Option(help="auto (as stored), float32, bfloat16 or float16.")]
+Experts = Annotated[str, typer.Option(help="Who computes the experts: moesaic, grouped_mm, batched_mm or eager.")]
+Threads = Annotated[int | None, typer.Option(help="CPU threads.")]
+ChosenThreads = Annotated[int | None, typer.Option(help="CPU threads; default: one for a small model, else one per core.")]
+TrustRemoteCode = Annotated[bool, typer.Option(help="Let a hub model run its own code.")]
+
+Memory = Annotated[str | None, typer.Option(help="Leave experts on disk; so much memory may hold some of them, such as 6GiB.")]
+Resident = Annotated[float | None, typer.Option(help="The same as a share of all experts' bytes, such as 0.4.")]
+StreamPolicy = Annotated[
+    str, typer.Option(help="Which experts stay in memory: a policy of `moesaic replay`, or name:option=value.")
+]
+PageCache = Annotated[
+    str, typer.Option(help="direct: read past the kernel's page cache; keep: fill it; drop: read through, then empty it.")
+]
+
+
+def check_text(data: str, max_bytes: int | None, batch_size: int | None, threads: int | None) -> None:
+    """Raises BadInput where a command that reads a text got none, or a count below 1."""
+    for option, value in (("--max-bytes", max_bytes), ("--batch-size", batch_size), ("--threads", threads)):
+        if value is not None and value < 1:
+            raise BadInput(f"{option} {value}: must be at least 1")
+    if not data:
+        raise BadInput("--data is missing: name a text file, a file of {text, domain} JSON lines, or a folder of them")
+
+
+def use_threads(threads: int | None) -> None:
+    """Let torch use so many CPU threads; None leaves its own choice."""
+    if threads:
+        import torch
+
+        torch.set_num_threads(threads)
