@@ -18,6 +18,7 @@ from torch import nn
 from moesaic.core.documents import Document, utf8
 from moesaic.core.errors import BadInput
 from moesaic.evaluation.windows import Window, batches, windows
+from moesaic.trace import corpus
 
 LOGITS_AT_ONCE = 1 << 26
 """Logits of one batch, in numbers: 256 MB in float32. Decides the default batch size."""
@@ -129,11 +130,7 @@ def _score_batch(model: nn.Module, batch: list[Window], ids: list[list[int]]) ->
 
 def check_sizes(config: Any, context: int | None, stride: int | None) -> tuple[int, int]:
     """Context and stride to use. Raises BadInput when they do not fit the model or each other."""
-    longest = getattr(config.get_text_config(), "max_position_embeddings", None)
-    if context is None:
-        context = min(longest or 2048, 2048)
-    if context < 1 or (longest and context > longest):
-        raise BadInput(f"--context {context}: this model takes 1 to {longest or 'any number of'} tokens")
+    context = corpus.context_of(config, context)
     if stride is None:
         stride = max(1, context // 2)
     if not 1 <= stride <= context:
@@ -143,10 +140,10 @@ def check_sizes(config: Any, context: int | None, stride: int | None) -> tuple[i
 
 def start_token(tokenizer: Any) -> int:
     """The token that stands before a document. Raises BadInput for a tokenizer that has none."""
-    for token in (tokenizer.bos_token_id, tokenizer.eos_token_id):
-        if token is not None:
-            return token
-    raise BadInput("the tokenizer has neither a bos nor an eos token: a document's first token has nothing before it")
+    start = corpus.start_token(tokenizer)
+    if start is None:
+        raise BadInput("the tokenizer has neither a bos nor an eos token: a document's first token has nothing before it")
+    return start
 
 
 def round_trips(tokenizer: Any, tokens: list[int], text: str) -> bool:

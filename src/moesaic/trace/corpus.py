@@ -40,7 +40,7 @@ class Batch(NamedTuple):
 
 def pieces(documents: Iterable[Document], tokenizer: Any, context: int) -> Iterator[Piece]:
     """Each document, begun with the tokenizer's start token where it has one, in pieces of `context` tokens."""
-    start = next((t for t in (tokenizer.bos_token_id, tokenizer.eos_token_id) if t is not None), None)
+    start = start_token(tokenizer)
     for number, document in enumerate(documents):
         try:
             ids = list(tokenizer(document.text, add_special_tokens=False, verbose=False)["input_ids"])
@@ -52,6 +52,11 @@ def pieces(documents: Iterable[Document], tokenizer: Any, context: int) -> Itera
             ids.insert(0, start)
         for at in range(0, len(ids), context):
             yield Piece(ids[at : at + context], number, document.domain)
+
+
+def start_token(tokenizer: Any) -> int | None:
+    """The token that stands before a document; None for a tokenizer that has none."""
+    return next((t for t in (tokenizer.bos_token_id, tokenizer.eos_token_id) if t is not None), None)
 
 
 def batches(found: list[Piece], size: int, pad: int, first: int = 0) -> Iterator[Batch]:

@@ -36,6 +36,17 @@ def rank(c, row, n, values):
 
 
 @inlined
+def by_votes(c, row, n, tokens):
+    """Turn the votes of the experts in event[row] into token counts; of several tokens, most wanted experts first."""
+    for i in range(n):
+        e = c.event[row, i]
+        c.event[S.TOKENS, i] = c.event[S.VOTES, e]
+        c.event[S.VOTES, e] = 0
+    if tokens > 1:
+        rank(c, row, n, S.TOKENS)
+
+
+@inlined
 def gather(c, l, ids_TLK, next_TLK, first, last):
     """Lay the event of one layer out in c.event: distinct experts, most tokens first, ties by first appearance."""
     n = 0
@@ -57,12 +68,7 @@ def gather(c, l, ids_TLK, next_TLK, first, last):
                     c.event[S.NEXT, n] = FAR if blind else after * layers + l
                 n += 1
             c.event[S.VOTES, e] += 1
-    for i in range(n):
-        e = c.event[S.IDS, i]
-        c.event[S.TOKENS, i] = c.event[S.VOTES, e]
-        c.event[S.VOTES, e] = 0
-    if last - first > 1:
-        rank(c, S.IDS, n, S.TOKENS)
+    by_votes(c, S.IDS, n, last - first)
     if c.note[S.DENSE]:  # whoever moves a whole layer moves what nobody chose, too
         for i in range(n):
             c.event[S.VOTES, c.event[S.IDS, i]] = 1
@@ -87,12 +93,7 @@ def want(c, target, ids_TM, first, last, width):
                 c.event[S.RANK, n] = e
                 n += 1
             c.event[S.VOTES, e] += 1
-    for i in range(n):
-        e = c.event[S.RANK, i]
-        c.event[S.TOKENS, i] = c.event[S.VOTES, e]
-        c.event[S.VOTES, e] = 0
-    if last - first > 1:
-        rank(c, S.RANK, n, S.TOKENS)
+    by_votes(c, S.RANK, n, last - first)
     for i in range(n):
         c.cell[S.WANT, target, i] = c.event[S.RANK, i]
         c.cell[S.VOTED, target, i] = c.event[S.TOKENS, i]

@@ -15,7 +15,6 @@ from torch.nn.functional import linear
 
 from moesaic.core.errors import BadInput
 from moesaic.core.routing import Dispatch
-from moesaic.kernels.weights import Form
 from moesaic.view import implementation
 
 if TYPE_CHECKING:
@@ -127,18 +126,13 @@ class ViewBank:
 
     def run_one(self, e: int, x_SD: Tensor) -> tuple[Tensor, Tensor]:
         """Expert e on rows x as the model computes it: inner activations h [S, I], and outputs f [S, D] before weighting."""
-        e, experts = self._index(e), self.experts
-        up_name = "gate_up_proj" if self.gated else "up_proj"
-        up, down = getattr(experts, up_name)[e], experts.down_proj[e]
-        own = implementation.has_own_gate(experts)
-        form = Form(getattr(experts, "act_fn", "silu"), self.gated, apply_gate=experts._apply_gate if own else None)
-        up_bias = getattr(experts, up_name + "_bias")[e] if self.biased else None
+        e, form = self._index(e), implementation.form_of(self.experts)
+        up, down = getattr(self.experts, "gate_up_proj" if self.gated else "up_proj")[e], self.experts.down_proj[e]
+        up_bias = None if form.gate_up_bias_EH is None else form.gate_up_bias_EH[e]
+        down_bias = None if form.down_bias_ED is None else form.down_bias_ED[e]
         h_SI = form.activate(linear(x_SD.to(up.dtype), up.T if self.transposed else up, up_bias))
-        down_bias = experts.down_proj_bias[e] if self.biased else None
         f_SD = linear(h_SI, down.T if self.transposed else down, down_bias)
-        if getattr(experts, "has_post_expert_norm", False):
-            f_SD = experts.post_expert_norm(f_SD)
-        return h_SI, f_SD
+        return h_SI, f_SD if form.post is None else form.post(f_SD)
 
     @property
     def row_to_expert(self) -> Tensor:

@@ -38,19 +38,19 @@ def run(experts: Any, x_TD: Tensor, dispatch: Dispatch) -> Tensor:
             f"{type(experts).__name__} stores {experts.down_proj.dtype} with scales, which our kernels do not read; "
             'load it dequantised, or with experts_implementation="grouped_mm"'
         )
-    up_name = "gate_up_proj" if experts.has_gate else "up_proj"
+    form = form_of(experts)
     return expert_mlp(
         x_TD,
         dispatch,
-        getattr(experts, up_name),
+        experts.gate_up_proj if experts.has_gate else experts.up_proj,
         experts.down_proj,
-        act=getattr(experts, "act_fn", "silu"),
-        gated=experts.has_gate,
-        gate_up_bias=getattr(experts, up_name + "_bias") if experts.has_bias else None,
-        down_bias=experts.down_proj_bias if experts.has_bias else None,
+        act=form.act,
+        gated=form.gated,
+        gate_up_bias=form.gate_up_bias_EH,
+        down_bias=form.down_bias_ED,
         transposed=experts.is_transposed,
-        apply_gate=experts._apply_gate if has_own_gate(experts) else None,
-        post=experts.post_expert_norm if getattr(experts, "has_post_expert_norm", False) else None,
+        apply_gate=form.apply_gate,
+        post=form.post,
     )
 
 

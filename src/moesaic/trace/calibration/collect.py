@@ -13,7 +13,7 @@ from torch import Tensor
 from moesaic.core.errors import BadInput
 from moesaic.trace import calls, segments
 from moesaic.trace.calibration.store import added
-from moesaic.trace.calibration.tiers import TIERS, Seen, Statistics
+from moesaic.trace.calibration.tiers import FORWARD, Seen, Statistics, collect
 from moesaic.view import View
 from moesaic.view.block import Block
 from moesaic.view.tap import Choice, token_major
@@ -50,7 +50,7 @@ class Collector:
 
     def __enter__(self) -> Collector:
         self._hooks.enter_context(calls.watch_calls(self.blocks.model, self._before, lambda output: None))
-        wanted = [name for name in self.tiers if name in TIERS]
+        wanted = [name for name in self.tiers if name in FORWARD]
         for layer in self.layers:
             block = self.blocks[layer]
             if wanted:
@@ -93,9 +93,7 @@ class Collector:
         return watch
 
     def _add(self, layer: int, domain: str, seen: Seen, block: Block, wanted: list[str]) -> None:
-        found: Statistics = {}
-        for name in wanted:
-            found |= TIERS[name](seen, block, self.every) if name == "A1" else TIERS[name](seen, block)  # type: ignore[call-arg]
+        found = collect(seen, block, wanted, self.every)
         held = self.sums[layer].get(domain)
         self.sums[layer][domain] = found if held is None else added([held, found])
 

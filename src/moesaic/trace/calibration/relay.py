@@ -27,23 +27,13 @@ class Stop(Exception):
     """The hidden states behind the group are kept: the rest of the pass is not needed."""
 
 
-def decoder_layer(blocks: View, block: int) -> nn.Module | None:
-    """The decoder layer that holds an MoE block: the entry of a list of modules on the way down to it."""
+def place_of(blocks: View, block: int) -> tuple[nn.ModuleList, nn.Module] | None:
+    """The list of decoder layers on the way down to an MoE block, and the one of them that holds it."""
     module: Any = blocks.model
     for word in blocks[block].name.split("."):
-        parent, module = module, getattr(module, word) if not word.isdigit() else module[int(word)]
+        parent, module = module, getattr(module, word)
         if isinstance(parent, nn.ModuleList):
-            return module
-    return None
-
-
-def stack_of(blocks: View, block: int) -> nn.ModuleList | None:
-    """The list of decoder layers that holds an MoE block."""
-    module: Any = blocks.model
-    for word in blocks[block].name.split("."):
-        if isinstance(module, nn.ModuleList):
-            return module
-        module = getattr(module, word)
+            return parent, module
     return None
 
 
@@ -52,13 +42,15 @@ class Relay:
 
     def __init__(self, blocks: View, groups: list[list[int]], folder: Path) -> None:
         self.groups, self.folder = groups, folder
-        self.stack = stack_of(blocks, 0)
+        self.stack = nn.ModuleList()
         self.starts: list[int] = []
         """For each group, the decoder layer in `stack` at which its pass begins."""
-        self.broken = self.stack is None or any(stack_of(blocks, group[-1]) is not self.stack for group in groups)
-        if self.stack is not None and not self.broken:
-            place = {id(layer): i for i, layer in enumerate(self.stack)}
-            ends = [place[id(decoder_layer(blocks, group[-1]))] + 1 for group in groups]
+        self.broken = True
+        places = [place_of(blocks, group[-1]) for group in groups]
+        if all(place is not None and place[0] is places[0][0] for place in places):  # type: ignore[index]
+            self.stack = places[0][0]  # type: ignore[index]
+            number = {id(layer): i for i, layer in enumerate(self.stack)}
+            ends = [number[id(layer)] + 1 for _, layer in filter(None, places)]
             self.starts = [0, *ends[:-1]]
             self.broken = any(a >= b for a, b in pairwise(ends))  # two blocks in one decoder layer
 
@@ -69,15 +61,13 @@ class Relay:
     @contextmanager
     def group(self, number: int, relayed: bool = True) -> Iterator[None]:
         """Passes of one group: skip what lies before it (if `relayed`), keep what leaves it."""
-        if self.broken or self.stack is None:
+        if self.broken:
             yield
             return
         self.folder.mkdir(exist_ok=True)
         undo: list[Callable[[], None]] = []
         if relayed and self.usable(number):
-            shapes = json.loads((self.folder / "tuples.json").read_text())
-            undo = [_hand_on(self.stack[i], bool(shapes[i])) for i in range(self.starts[number])]
-            undo.append(self._feed(self.stack[self.starts[number]], number))
+            undo = self._relayed(number)
         if number + 1 < len(self.groups):
             undo.append(self._keep(self.stack[self.starts[number + 1]], number + 1))
             tuples: dict[int, bool] = {}
@@ -100,7 +90,7 @@ class Relay:
 
     def check(self, number: int, run: Callable[[], None]) -> None:
         """Compare one batch, whole and relayed, at the end of a group; where they differ, the model cannot be relayed."""
-        if self.stack is None or not self.usable(number):
+        if not self.usable(number):
             return
         last = self.starts[number + 1] - 1 if number + 1 < len(self.groups) else len(self.stack) - 1
         seen: list[Tensor] = []
@@ -110,11 +100,7 @@ class Relay:
             raise Stop
 
         for relayed in (False, True):
-            undo: list[Callable[[], None]] = []
-            if relayed:
-                shapes = json.loads((self.folder / "tuples.json").read_text())
-                undo = [_hand_on(self.stack[i], bool(shapes[i])) for i in range(self.starts[number])]
-                undo.append(self._feed(self.stack[self.starts[number]], number))
+            undo = self._relayed(number) if relayed else []
             undo.append(self.stack[last].register_forward_hook(keep).remove)
             try:
                 run()
@@ -133,6 +119,12 @@ class Relay:
 
     def _path(self, number: int) -> Path:
         return self.folder / f"{number}-{self._key}.safetensors"
+
+    def _relayed(self, number: int) -> list[Callable[[], None]]:
+        """Let the layers before a group hand their input on, and feed the group what was kept; how to undo it."""
+        tuples = json.loads((self.folder / "tuples.json").read_text())
+        undo = [_hand_on(self.stack[i], bool(tuples[i])) for i in range(self.starts[number])]
+        return [*undo, self._feed(self.stack[self.starts[number]], number)]
 
     def _feed(self, layer: nn.Module, number: int) -> Callable[[], None]:
         def enter(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:

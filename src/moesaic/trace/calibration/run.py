@@ -10,6 +10,7 @@ import os
 import time
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -108,9 +109,10 @@ def calibrate(
         check_place(Path(trace), may_exist=resume)
     header = _place(out, header, resume)
     size = batch_size or corpus.batch_size(model, length)
-    run = _Run(blocks, header, out, groups, found, size, by_domain, every, tokenizer, trace, trace_options or {}, progress)
-    run.save_seconds = save_seconds
-    run.go()
+    options = trace_options or {}
+    _Run(
+        blocks, header, out, groups, found, size, tokenizer, by_domain, every, trace, options, progress, save_seconds
+    ).go()  # fmt: skip
     return open_calibration(out)
 
 
@@ -150,30 +152,28 @@ def _place(out: Path, header: CalibrationHeader, resume: bool) -> CalibrationHea
     return held
 
 
+@dataclass
 class _Run:
     """The passes of one calibration. `header.progress` always says what the state it names holds."""
 
-    def __init__(
-        self,
-        blocks: View,
-        header: CalibrationHeader,
-        out: Path,
-        groups: list[list[int]],
-        found: list[corpus.Piece],
-        size: int,
-        by_domain: bool,
-        every: int,
-        tokenizer: Any,
-        trace: str | Path | None,
-        trace_options: dict[str, Any],
-        progress: Callable[[int, int], None],
-    ) -> None:
-        self.blocks, self.header, self.out, self.groups, self.found, self.size = blocks, header, out, groups, found, size
-        self.by_domain, self.every, self.tokenizer, self.progress = by_domain, every, tokenizer, progress
-        self.trace, self.trace_options, self.save_seconds = trace, trace_options, SAVE_SECONDS
-        self.tokens = sum(len(piece.ids) for piece in found)
-        self.pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
-        self.relay = Relay(blocks, groups, out / "relay")
+    blocks: View
+    header: CalibrationHeader
+    out: Path
+    groups: list[list[int]]
+    found: list[corpus.Piece]
+    size: int
+    tokenizer: Any
+    by_domain: bool
+    every: int
+    trace: str | Path | None
+    trace_options: dict[str, Any]
+    progress: Callable[[int, int], None]
+    save_seconds: float
+
+    def __post_init__(self) -> None:
+        self.tokens = sum(len(piece.ids) for piece in self.found)
+        self.pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else 0
+        self.relay = Relay(self.blocks, self.groups, self.out / "relay")
 
     def go(self) -> None:
         done = self.header.progress

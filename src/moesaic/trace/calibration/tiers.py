@@ -8,7 +8,7 @@ D model width, I expert inner width, S routed pairs.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -67,42 +67,46 @@ def _histogram(values_T: Tensor) -> Tensor:
     return torch.histc(values_T.double().cpu().clamp(0, 1), BINS, 0, 1)
 
 
-def r1(seen: Seen, block: Block) -> Statistics:
-    """Outputs of the routed experts: norms, gated norms, moments of each output and inner neuron."""
-    found = _zeros(block, ("norm_sum", "gated_norm_sum", "norm_square_sum", "norm_max", "output_max"))
-    E, D, device = block.num_experts, _output_width(block, seen), seen.x_TD.device
-    found |= {name: torch.zeros(E, D, dtype=torch.float64, device=device) for name in ("output_sum", "output_square_sum")}
-    for e, rows_S, gates_S in _routed(seen, E):
-        h_SI, f_SD = (t.double() for t in block.bank.run_one(e, seen.x_TD[rows_S]))
-        if "inner_abs_sum" not in found:
-            names = ("inner_abs_sum", "inner_square_sum", "inner_max")
-            found |= {name: torch.zeros(E, h_SI.shape[1], dtype=torch.float64, device=device) for name in names}
-        norm_S = f_SD.norm(dim=-1)
-        found["norm_sum"][e] = norm_S.sum()
-        found["gated_norm_sum"][e] = (gates_S * norm_S).sum()
-        found["norm_square_sum"][e] = norm_S.square().sum()
-        found["norm_max"][e] = norm_S.max()
-        found["output_max"][e] = f_SD.abs().max()
-        found["output_sum"][e] = f_SD.sum(0)
-        found["output_square_sum"][e] = f_SD.square().sum(0)
-        found["inner_abs_sum"][e] = h_SI.abs().sum(0)
-        found["inner_square_sum"][e] = h_SI.square().sum(0)
-        found["inner_max"][e] = h_SI.abs().amax(0)
-    return found
+class Ran(NamedTuple):
+    """One expert on the tokens routed to it."""
+
+    e: int
+    x_SD: Tensor
+    gates_S: Tensor
+    h_SI: Tensor
+    f_SD: Tensor
 
 
-def r2(seen: Seen, block: Block) -> Statistics:
-    """Second moments of the inputs and of the inner activations of each expert, float32: E (D^2 + I^2) values."""
-    E, D, device = block.num_experts, seen.x_TD.shape[1], seen.x_TD.device
-    found = {"input_gram_sum": torch.zeros(E, D, D, device=device)}
-    for e, rows_S, _ in _routed(seen, E):
-        x_SD = seen.x_TD[rows_S].float()
-        h_SI = block.bank.run_one(e, seen.x_TD[rows_S])[0].float()
-        if "inner_gram_sum" not in found:
-            found["inner_gram_sum"] = torch.zeros(E, h_SI.shape[1], h_SI.shape[1], device=device)
-        found["input_gram_sum"][e] = x_SD.T @ x_SD
-        found["inner_gram_sum"][e] = h_SI.T @ h_SI
-    return found
+def r1(found: Statistics, ran: Ran, experts: int) -> None:
+    """Outputs of a routed expert: norms, gated norms, moments of each output and inner neuron."""
+    h_SI, f_SD = ran.h_SI.double(), ran.f_SD.double()
+    norm_S = f_SD.norm(dim=-1)
+    values = {
+        "norm_sum": norm_S.sum(),
+        "gated_norm_sum": (ran.gates_S * norm_S).sum(),
+        "norm_square_sum": norm_S.square().sum(),
+        "norm_max": norm_S.max(),
+        "output_max": f_SD.abs().max(),
+        "output_sum": f_SD.sum(0),
+        "output_square_sum": f_SD.square().sum(0),
+        "inner_abs_sum": h_SI.abs().sum(0),
+        "inner_square_sum": h_SI.square().sum(0),
+        "inner_max": h_SI.abs().amax(0),
+    }
+    _put(found, ran.e, values, experts)
+
+
+def r2(found: Statistics, ran: Ran, experts: int) -> None:
+    """Second moments of the inputs and of the inner activations of an expert, float32: E (D^2 + I^2) values."""
+    x_SD, h_SI = ran.x_SD.float(), ran.h_SI.float()
+    _put(found, ran.e, {"input_gram_sum": x_SD.T @ x_SD, "inner_gram_sum": h_SI.T @ h_SI}, experts)
+
+
+def _put(found: Statistics, e: int, values: Statistics, experts: int) -> None:
+    for name, value in values.items():
+        if name not in found:
+            found[name] = value.new_zeros(experts, *value.shape)
+        found[name][e] = value
 
 
 def a1(seen: Seen, block: Block, every: int = 1) -> Statistics:
@@ -112,10 +116,25 @@ def a1(seen: Seen, block: Block, every: int = 1) -> Statistics:
     return {"all_output_sum": torch.stack(sums), "all_token_count": torch.tensor(float(len(x_TD)), dtype=torch.float64)}
 
 
-TIERS: dict[str, Callable[[Seen, Block], Statistics]] = {"R0": r0, "R1": r1, "R2": r2, "A1": a1}
+ROUTED = {"R1": r1, "R2": r2}
+"""Tiers that look at every expert that was chosen, which then runs once for all of them."""
+
+FORWARD = ("R0", *ROUTED, "A1")
 """Tiers of one forward pass that add up. C (features) is kept row by row, B needs a backward pass."""
 
-NAMES = (*TIERS, "C", "B")
+NAMES = (*FORWARD, "C", "B")
+
+
+def collect(seen: Seen, block: Block, tiers: Sequence[str], every: int = 1) -> Statistics:
+    """What these tiers of `FORWARD` say of one call; `every` thins out the tokens of A1."""
+    found = r0(seen, block) if "R0" in tiers else {}
+    wanted = [tier for name, tier in ROUTED.items() if name in tiers]
+    for e, rows_S, gates_S in _routed(seen, block.num_experts) if wanted else ():
+        x_SD = seen.x_TD[rows_S]
+        ran = Ran(e, x_SD, gates_S, *block.bank.run_one(e, x_SD))
+        for tier in wanted:
+            tier(found, ran, block.num_experts)
+    return found | (a1(seen, block, every) if "A1" in tiers else {})
 
 
 def parse(tiers: str | list[str] | tuple[str, ...]) -> tuple[str, ...]:
@@ -163,13 +182,3 @@ def _routed(seen: Seen, experts: int) -> list[tuple[int, Tensor, Tensor]]:
     counts = torch.bincount(ids_S, minlength=experts).tolist()
     parts = zip(range(experts), rows_TK[order_S].split(counts), gates_S[order_S].split(counts), strict=True)
     return [(e, rows_S, gates_S) for e, rows_S, gates_S in parts if len(rows_S)]
-
-
-def _zeros(block: Block, names: tuple[str, ...]) -> Statistics:
-    device = block.experts.down_proj.device
-    return {name: torch.zeros(block.num_experts, dtype=torch.float64, device=device) for name in names}
-
-
-def _output_width(block: Block, seen: Seen) -> int:
-    down = block.experts.down_proj
-    return down.shape[2] if block.bank.transposed else down.shape[1]
