@@ -18,17 +18,17 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from moesaic.core.errors import BadInput
 from moesaic.core.routing import Dispatch
-from moesaic.kernels import Weights, few_rows, waves
+from moesaic.kernels import few_rows, waves
 from moesaic.kernels.products import Span, hit_spans
 from moesaic.kernels.slots import bounds_of
 from moesaic.serving.streamed import stats as C
 from moesaic.serving.streamed.budget import MOST_STAGING, Plan
-from moesaic.serving.streamed.fetch import Fetch, fetch, in_place
+from moesaic.serving.streamed.fetch import Fetch, fetch
+from moesaic.serving.streamed.layer import Layer
 from moesaic.serving.streamed.sources import Source
 from moesaic.serving.streamed.stats import Stats
 from moesaic.store import Reader, Slots
@@ -36,42 +36,10 @@ from moesaic.trace import calls
 from moesaic.trace.policies import state as S
 from moesaic.trace.policies.policy import Policy, Shape
 from moesaic.view import View
-from moesaic.view.block import Block
-from moesaic.view.implementation import STREAMED, form_of
+from moesaic.view.implementation import STREAMED
 
 AHEAD, AHEAD_ASIDE = 8, 2
 """Experts asked for before the first has come; fewer where each is read aside first, which takes memory of its own."""
-
-
-class Layer:
-    """One block: where its experts come from, the slots of their size, and which of them are in memory."""
-
-    def __init__(self, number: int, block: Block, sources: list[Source]) -> None:
-        self.number, self.block, self.sources = number, block, sources
-        self.experts, self.bytes = block.num_experts, block.expert_bytes
-        self.dtype = block.experts.down_proj.dtype
-        self.kind = (sources[0].shape, sources[1].shape, self.dtype)
-        self.aside = not all(in_place(source, self.dtype) for source in sources)
-        self.form = form_of(block.experts)
-        self.held: dict[int, int] = {}
-        self.inside: dict[int, int] = {}
-        self.slots: Slots
-        self.weights: Weights
-
-    def stand_in(self) -> Weights:
-        """Weights of this layer's shape without memory, for kernels to say whether they could run them."""
-        gate_up, down = (torch.empty(1, *source.shape, dtype=self.dtype, device="meta") for source in self.sources)
-        return Weights(gate_up, down, self.form, self.block.bank.transposed)
-
-    def use(self, slots: Slots) -> None:
-        """Begin with these slots, none of them filled."""
-        self.slots, self.held, self.inside = slots, {}, {}
-        gate_up, down = slots.tensors
-        self.weights = Weights(gate_up, down, self.form, self.block.bank.transposed)
-
-    def matrix(self, which: int, slot: int) -> Tensor:
-        """A matrix of the expert in a slot, beginning where in a cache line the resident model has it."""
-        return self.slots.matrix(which, slot, self.sources[which].shift(self.inside[slot], self.dtype))
 
 
 class Engine:
