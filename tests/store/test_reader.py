@@ -181,6 +181,24 @@ def test_a_prefetch_can_be_taken_back(path):
             guess.wait()
 
 
+def test_a_dropped_read_is_idle_only_when_no_thread_has_it(path):
+    gate = Gate()
+    with Reader("keep", threads=1, read_at=gate) as reader:
+        running, queued = begin(reader, path, 0, prefetch=True), begin(reader, path, 100, prefetch=True)
+        assert gate.busy.wait(20)
+        for guess in (running, queued):
+            guess.drop()  # does not wait: the gate is closed
+            assert guess.done
+        assert not running.idle
+        assert queued.idle
+        assert (running.moved_bytes, queued.moved_bytes) == (10, 0)
+        gate.open.set()
+        begin(reader, path, 300).wait()
+        assert running.idle
+        assert running.moved_bytes == 10
+        assert gate.order == [0, 300]
+
+
 def test_several_reads_are_in_flight(path):
     together = threading.Barrier(4, timeout=20)
 

@@ -52,13 +52,19 @@ class Counters:
 
 @dataclass
 class _Job:
-    """One read of at most CHUNK bytes."""
+    """One read of at most CHUNK bytes, which may fill several targets one after another."""
 
     ticket: Ticket
     source: Range
     start: int
-    target: np.ndarray
+    targets: list[np.ndarray]
     state: str = "waiting"
+    busy: bool = False
+    """A thread has it in hand, and may write to its targets though nobody wants it any more."""
+
+    @property
+    def nbytes(self) -> int:
+        return sum(target.nbytes for target in self.targets)
 
 
 class Ticket:
@@ -87,6 +93,20 @@ class Ticket:
     def cancel(self) -> None:
         """Take back what has not begun, and return when nothing more will be written (at most a chunk per thread)."""
         self._reader._cancel(self)
+
+    def drop(self) -> None:
+        """`cancel` without waiting: the memory may be written to until `idle`."""
+        self._reader._drop(self)
+
+    @property
+    def idle(self) -> bool:
+        """Whether no thread has a read of it in hand."""
+        return not any(job.busy for job in self._jobs)
+
+    @property
+    def moved_bytes(self) -> int:
+        """Bytes of it that were read, or are being read."""
+        return sum(job.nbytes for job in self._jobs if job.busy or job.state in ("done", "dropped"))
 
 
 class Reader:
@@ -141,7 +161,8 @@ class Reader:
     def fetch(self, pieces: Iterable[tuple[Range, Tensor]], prefetch: bool = False) -> Ticket:
         """Begin to read each range into its tensor: contiguous, of as many bytes, in the stored dtype.
 
-        The tensors must not be used before `wait` of the ticket returned.
+        Ranges that follow one another on disk are read together. The tensors must not be used before `wait` of the ticket
+        returned.
         """
         ticket = Ticket(self)
         ticket._urgent = not prefetch
@@ -149,8 +170,14 @@ class Reader:
             target = _bytes_of(tensor)
             if target.nbytes != source.nbytes:
                 raise BadInput(f"{source.name}: {source.nbytes} bytes do not fit a tensor of {target.nbytes}")
-            for at in range(0, source.nbytes, CHUNK):
-                ticket._jobs.append(_Job(ticket, source, source.start + at, target[at : at + CHUNK]))
+            at = 0
+            while at < source.nbytes:
+                last, start = ticket._jobs[-1] if ticket._jobs else None, source.start + at
+                if last is None or last.nbytes == CHUNK or (last.source.path, last.start + last.nbytes) != (source.path, start):
+                    ticket._jobs.append(last := _Job(ticket, source, start, []))
+                part = target[at : at + CHUNK - last.nbytes]
+                last.targets.append(part)
+                at += part.nbytes
         with self._change:
             if self._closed:
                 raise ReadFailed("the reader is closed")
@@ -215,6 +242,13 @@ class Reader:
                 self._change.wait(0.05)
             self._fail(ticket, "cancelled")
 
+    def _drop(self, ticket: Ticket) -> None:
+        with self._change:
+            self._queue = [item for item in self._queue if item[2].ticket is not ticket]
+            heapq.heapify(self._queue)
+            if not ticket.done:
+                self._fail(ticket, "cancelled")
+
     def _fail(self, ticket: Ticket, why: str) -> None:
         if ticket._error is None:
             ticket._error = ReadFailed(why)
@@ -234,7 +268,7 @@ class Reader:
                 job = heapq.heappop(self._queue)[2]
                 if job.state == "abandoned":
                     continue
-                job.state = "reading"
+                job.state, job.busy = "reading", True
             began = time.perf_counter()
             try:
                 self._read(job, buffer)
@@ -246,11 +280,12 @@ class Reader:
             with self._change:
                 self.counters.seconds += time.perf_counter() - began
                 self.counters.reads += 1
+                job.busy = False
                 if why is not None:
                     self._fail(job.ticket, why)
                 elif job.state in ("reading", "copying"):
                     job.state = "done"
-                    self.counters.bytes += job.target.nbytes
+                    self.counters.bytes += job.nbytes
                     job.ticket._left -= 1
                 else:
                     job.state = "dropped"
@@ -258,28 +293,36 @@ class Reader:
                     self._change.notify_all()
 
     def _read(self, job: _Job, buffer: np.ndarray | None) -> None:
-        fd, size = self._open(job.source.path), job.target.nbytes
+        fd, size = self._open(job.source.path), job.nbytes
         if buffer is None or self.page_cache != "direct":
-            self._fill(job, fd, job.target, job.start, size)
+            self._fill(job, fd, job.targets, job.start, size)
             if self.page_cache == "drop" and hasattr(os, "posix_fadvise"):
                 os.posix_fadvise(fd, job.start, size, os.POSIX_FADV_DONTNEED)
             return
         skip = job.start % ALIGNMENT
         room = -(-(skip + size) // ALIGNMENT) * ALIGNMENT
-        self._fill(job, fd, buffer[:room], job.start - skip, skip + size)
+        self._fill(job, fd, [buffer[:room]], job.start - skip, skip + size)
         with self._change:
             if job.state == "abandoned":  # whoever gave up may have given the memory to somebody else
                 return
             job.state = "copying"
-        job.target[:] = buffer[skip : skip + size]
+        at = skip
+        for target in job.targets:
+            target[:] = buffer[at : at + target.nbytes]
+            at += target.nbytes
 
-    def _fill(self, job: _Job, fd: int, room: np.ndarray, offset: int, needed: int) -> None:
+    def _fill(self, job: _Job, fd: int, rooms: list[np.ndarray], offset: int, needed: int) -> None:
         done = 0
         while done < needed:
-            got = self._read_at(fd, [room[done:].data], offset + done)
+            got = self._read_at(fd, [room.data for room in rooms], offset + done)
             if got <= 0:
                 raise ReadFailed(f"{_where(job)}: the file ends {needed - done} bytes early; it was cut short or replaced")
             done += got
+            while rooms and got >= rooms[0].nbytes:
+                got -= rooms[0].nbytes
+                rooms = rooms[1:]
+            if got:
+                rooms = [rooms[0][got:], *rooms[1:]]
 
     def _open(self, path: Path) -> int:
         with self._change:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from moesaic.serving.streamed.sources import Source
+from moesaic.serving.streamed.packed_sources import Sourced
 from moesaic.store import Range, Reader, Ticket
 
 
@@ -29,14 +29,32 @@ class Fetch:
         self._after = []
         return waited
 
+    def hurry(self) -> None:
+        """It is wanted now: as urgent as any demand."""
+        self._ticket.hurry()
 
-def in_place(source: Source, dtype: torch.dtype) -> bool:
+    def drop(self) -> None:
+        """Nobody wants it any more. The slots may still be written to until `idle`."""
+        self._after = []
+        self._ticket.drop()
+
+    @property
+    def idle(self) -> bool:
+        return self._ticket.idle
+
+    @property
+    def moved_bytes(self) -> int:
+        """Bytes that were read for it so far."""
+        return self._ticket.moved_bytes
+
+
+def in_place(source: Sourced, dtype: torch.dtype) -> bool:
     """Whether an expert's stored bytes are the very bytes of its slot."""
     return source.order is not None and source.ranges(0)[0].dtype == dtype
 
 
-def fetch(reader: Reader, e: int, matrices: list[tuple[Source, Tensor]]) -> Fetch:
-    """Begin to read expert e of each source into its matrix, one slot's `[., .]`."""
+def fetch(reader: Reader, e: int, matrices: list[tuple[Sourced, Tensor]], prefetch: bool = False) -> Fetch:
+    """Begin to read expert e of each source into its matrix, one slot's `[., .]`; a prefetch waits behind every demand."""
     pieces: list[tuple[Range, Tensor]] = []
     after: list[Callable[[], None]] = []
     for source, matrix in matrices:
@@ -47,20 +65,22 @@ def fetch(reader: Reader, e: int, matrices: list[tuple[Source, Tensor]]) -> Fetc
             parts = matrix.view(-1).split([stored.nbytes // matrix.element_size() for stored in ordered])
             pieces += zip(ordered, parts, strict=True)
         else:
-            read = [torch.empty(stored.shape, dtype=stored.dtype) for stored in ranges]
-            pieces += zip(ranges, read, strict=True)
-            after.append(_placing(source, matrix, read))
-    return Fetch(reader.fetch(pieces), after)
+            scales = source.scale_ranges(e)
+            read = [torch.empty(stored.shape, dtype=stored.dtype) for stored in (*ranges, *scales)]
+            pieces += zip((*ranges, *scales), read, strict=True)
+            after.append(_placing(source, e, matrix, read))
+    return Fetch(reader.fetch(pieces, prefetch), after)
 
 
-def _placing(source: Source, matrix: Tensor, read: list[Tensor]) -> Callable[[], None]:
+def _placing(source: Sourced, e: int, matrix: Tensor, read: list[Tensor]) -> Callable[[], None]:
     def place() -> None:
+        made = source.made(e, read, matrix.dtype)
         if source.order is None:
-            matrix.copy_(source.assemble(read))
+            matrix.copy_(source.assemble(made))
             return
         flat, at = matrix.view(-1), 0
         for i in source.order:
-            flat[at : at + read[i].numel()].copy_(read[i].reshape(-1))
-            at += read[i].numel()
+            flat[at : at + made[i].numel()].copy_(made[i].reshape(-1))
+            at += made[i].numel()
 
     return place
