@@ -15,6 +15,7 @@ COMMANDS = {
     "analyze": "statistics of a routing trace: load, locality, specialisation",
     "replay": "simulate expert caches on a trace, one policy or all",
     "report": "a routing trace in pictures: one HTML page that works offline",
+    "pack": "a copy of a checkpoint that streams faster, its experts in fewer bits if you like",
     "calibrate": "collect per-expert statistics for surgery, in one pass over a text",
     "traces": "show, merge, slice and convert routing traces",
     "bench": "measure against peers and the floor",

@@ -18,6 +18,9 @@ from moesaic.core.errors import BadInput
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 
+METADATA = "__metadata__"
+"""The one name in a header that is no tensor."""
+
 LONGEST_HEADER = 100_000_000
 """Bytes; the format allows no more."""
 
@@ -49,6 +52,10 @@ class Range(NamedTuple):
         return Range(
             self.path, self.start + first * row, (last - first) * row, self.dtype, (last - first, *self.shape[1:]), name
         )
+
+    def piece(self, first: int, nbytes: int) -> Range:
+        """So many bytes from byte `first` of the tensor on, as U8."""
+        return Range(self.path, self.start + first, nbytes, torch.uint8, (nbytes,), self.name)
 
 
 class Table(Mapping[str, Range]):
@@ -124,6 +131,29 @@ def read_header(path: Path) -> dict[str, Range]:
 
     Raises BadInput naming the file, and the tensor, that does not.
     """
+    header, base, size = _header(path)
+    found = {name: _tensor(path, name, entry, base) for name, entry in header.items() if name != METADATA}
+    end, before = base, ""
+    for name, tensor in sorted(found.items(), key=lambda item: (item[1].start, item[1].nbytes)):
+        if tensor.start < end and tensor.nbytes:
+            raise BadInput(f"{path} is corrupted: tensors {before} and {name} overlap at byte {tensor.start}")
+        if tensor.start + tensor.nbytes > size:
+            raise BadInput(f"{path} is truncated: tensor {name} ends at byte {tensor.start + tensor.nbytes} of {size}")
+        if tensor.nbytes:
+            end, before = tensor.start + tensor.nbytes, name
+    return found
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """The `__metadata__` of a safetensors file, empty where it has none. Raises BadInput where it is not text by name."""
+    found = _header(path)[0].get(METADATA, {})
+    if not isinstance(found, dict) or not all(isinstance(text, str) for text in found.values()):
+        raise BadInput(f"{path} is corrupted: its {METADATA} is not text by name")
+    return found
+
+
+def _header(path: Path) -> tuple[dict[str, Any], int, int]:
+    """The header, where the data begins, and the size of the file."""
     try:
         size = path.stat().st_size
         with path.open("rb") as stream:
@@ -137,17 +167,7 @@ def read_header(path: Path) -> dict[str, Range]:
         raise BadInput(f"{path} is corrupted: its header is not JSON ({error}); download it again") from error
     if not isinstance(header, dict):
         raise BadInput(f"{path} is corrupted: its header is no JSON object; download it again")
-    base = 8 + length
-    found = {name: _tensor(path, name, entry, base) for name, entry in header.items() if name != "__metadata__"}
-    end, before = base, ""
-    for name, tensor in sorted(found.items(), key=lambda item: (item[1].start, item[1].nbytes)):
-        if tensor.start < end and tensor.nbytes:
-            raise BadInput(f"{path} is corrupted: tensors {before} and {name} overlap at byte {tensor.start}")
-        if tensor.start + tensor.nbytes > size:
-            raise BadInput(f"{path} is truncated: tensor {name} ends at byte {tensor.start + tensor.nbytes} of {size}")
-        if tensor.nbytes:
-            end, before = tensor.start + tensor.nbytes, name
-    return found
+    return header, 8 + length, size
 
 
 def _tensor(path: Path, name: str, entry: Any, base: int) -> Range:

@@ -45,6 +45,17 @@ def find(model: nn.Module) -> Iterator[Found]:
         yield Found(path or name, layer_of(name), parent, experts, router, shared)
 
 
+def expert_parameters(model: nn.Module) -> dict[str, tuple[int, int]]:
+    """Name of each stacked matrix -> number of its block, and 0 (first product) or 1 (second)."""
+    names = {module: name for name, module in model.named_modules()}
+    found = {}
+    for block, place in enumerate(find(model)):
+        experts: Any = place.experts
+        for which, matrix in enumerate(("gate_up_proj" if experts.has_gate else "up_proj", "down_proj")):
+            found[f"{names[experts]}.{matrix}".lstrip(".")] = (block, which)
+    return found
+
+
 def layer_of(name: str) -> int:
     """The last number in a dotted name: the layer a module lives in (0 where the name holds none)."""
     numbers = re.findall(r"(?<![^.])\d+(?![^.])", name)

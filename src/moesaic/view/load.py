@@ -16,7 +16,8 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokeni
 from transformers.utils import logging as hf_logging
 
 from moesaic.core.errors import BadInput, NotMoE
-from moesaic.view import discover, files, implementation
+from moesaic.store.packed import read_packed
+from moesaic.view import discover, files, implementation, packed, quantised
 
 BUNDLED = "bundled"
 
@@ -83,9 +84,11 @@ def load(
     """
     dtype = parse_dtype(dtype)
     source = resolve_model(path_or_id)
+    records = None
     if isinstance(source, Path):
         files.read_config(source)
         files.check_weights(source, allow_pickle)
+        records = read_packed(source) if adapt is None else None
     common = {"trust_remote_code": trust_remote_code, "local_files_only": isinstance(source, Path)}
     config = _config(source, common)
     if not dense_ok:
@@ -95,8 +98,12 @@ def load(
     if experts is not None:
         kwargs["experts_implementation"] = experts
     model_class = _model_class(config, trust_remote_code)
+    own_class = model_class
     if adapt is not None:
         model_class = adapt(model_class)
+    if records is not None:
+        kwargs |= quantised.widening(files.read_config(records.folder), source)
+        model_class = packed.with_experts(model_class, records)
     try:
         model, info = model_class.from_pretrained(
             source,
@@ -109,6 +116,8 @@ def load(
         )
     except (OSError, ValueError, ImportError, RuntimeError) as error:
         raise BadInput(f"cannot load {source}: {_first_line(error)}") from error
+    if records is not None:
+        model.__class__ = own_class
     missing = sorted(info.get("missing_keys") or [])
     if missing:
         raise BadInput(f"{source} has no tensor {missing[0]} ({len(missing)} missing), which {type(model).__name__} needs")

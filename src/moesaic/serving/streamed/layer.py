@@ -7,7 +7,7 @@ from torch import Tensor
 
 from moesaic.kernels import Weights
 from moesaic.serving.streamed.fetch import in_place
-from moesaic.serving.streamed.sources import Source
+from moesaic.serving.streamed.packed_sources import Sourced
 from moesaic.store import Slots
 from moesaic.view.block import Block
 from moesaic.view.implementation import form_of
@@ -16,7 +16,7 @@ from moesaic.view.implementation import form_of
 class Layer:
     """One block: where its experts come from, the slots of their size, and which of them are in memory."""
 
-    def __init__(self, number: int, block: Block, sources: list[Source]) -> None:
+    def __init__(self, number: int, block: Block, sources: list[Sourced]) -> None:
         self.number, self.block, self.sources = number, block, sources
         self.experts, self.bytes = block.num_experts, block.expert_bytes
         self.dtype = block.experts.down_proj.dtype

@@ -9,23 +9,30 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
+from transformers.core_model_loading import set_param_for_module
 
 from moesaic.core.errors import BadInput
-from moesaic.serving.streamed import sources
+from moesaic.serving.streamed import packed_sources, sources
+from moesaic.serving.streamed.packed_sources import Sourced
 from moesaic.store import Range, Reader, Table
-from moesaic.view import discover, files, load, resolve_model
+from moesaic.store.packed import NAMES, Packed, read_packed
+from moesaic.view import files, load, quantised, resolve_model
+from moesaic.view.discover import expert_parameters
 from moesaic.view.load import Loaded
+from moesaic.view.packed import with_weights
+
+__all__ = ["Skeleton", "Survey", "expert_parameters", "load_skeleton", "survey"]
 
 
 class Skeleton(NamedTuple):
     """A model without experts, its tokenizer, and where each expert matrix lies: `sources[parameter name]`."""
 
     loaded: Loaded
-    sources: dict[str, sources.Source]
+    sources: dict[str, Sourced]
 
 
 class _OnDisk:
@@ -37,6 +44,9 @@ class _OnDisk:
     def __getitem__(self, _: Any) -> Tensor:
         return self.reader.read(self.stored)
 
+    def get_dtype(self) -> str:
+        return NAMES[self.stored.dtype]
+
 
 class _Absent:
     """The same for a tensor that is not to be read: shape and dtype, no memory."""
@@ -47,19 +57,28 @@ class _Absent:
     def __getitem__(self, _: Any) -> _Absent:
         return self
 
+    def get_dtype(self) -> str:
+        return NAMES[self.stored.dtype]
+
     def to(self, device: Any = None, dtype: torch.dtype | None = None) -> Tensor:
         return torch.empty(self.stored.shape, dtype=dtype or self.stored.dtype, device="meta")
 
 
-def expert_parameters(model: Any) -> dict[str, tuple[int, int]]:
-    """Name of each stacked matrix -> number of its block, and 0 (first product) or 1 (second)."""
-    names = {module: name for name, module in model.named_modules()}
-    found = {}
-    for block, place in enumerate(discover.find(model)):
-        experts: Any = place.experts
-        for which, matrix in enumerate(("gate_up_proj" if experts.has_gate else "up_proj", "down_proj")):
-            found[f"{names[experts]}.{matrix}".lstrip(".")] = (block, which)
-    return found
+class Survey(NamedTuple):
+    """What a checkpoint holds, known without reading a weight: the model has no memory behind it."""
+
+    model: Any
+    table: Table
+    sources: dict[str, Sourced]
+    others: list[Range]
+    """Tensors that are of no expert."""
+
+
+class _Surveyed(Exception):
+    """Ends a load where weights would be read."""
+
+    def __init__(self, found: Survey) -> None:
+        self.found = found
 
 
 def load_skeleton(path_or_id: str | Path, reader: Reader, **how: Any) -> Skeleton:
@@ -67,39 +86,69 @@ def load_skeleton(path_or_id: str | Path, reader: Reader, **how: Any) -> Skeleto
 
     Raises BadInput for what cannot be streamed, before any weight is read.
     """
+    caught: list[Survey] = []
+
+    def load_weights(model_class: Any, found: Survey, arguments: tuple[Any, ...]) -> Any:
+        caught.append(found)
+        experts = found.table.keys() - {tensor.name for tensor in found.others}
+        tensors = {n: _Absent(stored) if n in experts else _OnDisk(stored, reader) for n, stored in found.table.items()}
+        done = model_class._load_pretrained_model(found.model, tensors, *arguments)
+        for name, source in found.sources.items():
+            if isinstance(source, packed_sources.PackedSource):  # of no file that transformers knows
+                own = found.model.get_parameter(name)
+                set_param_for_module(found.model, name, torch.empty_like(own, device="meta"), done[0], cast(Any, None))
+        return done
+
+    loaded = _load(path_or_id, load_weights, how)
+    return Skeleton(loaded, caught[0].sources)
+
+
+def survey(path_or_id: str | Path, **how: Any) -> Survey:
+    """Where the experts of a checkpoint lie, and what else there is. Raises BadInput for what cannot be streamed."""
+
+    def load_weights(model_class: Any, found: Survey, arguments: tuple[Any, ...]) -> Any:
+        raise _Surveyed(found)
+
+    try:
+        _load(path_or_id, load_weights, how)
+    except _Surveyed as end:
+        return end.found
+    raise AssertionError("transformers loads weights in one call")
+
+
+def _load(path_or_id: str | Path, load_weights: Callable[[Any, Survey, tuple[Any, ...]], Any], how: dict[str, Any]) -> Loaded:
+    """`view.load`, in which `load_weights(class, survey, arguments)` does what the class's own would."""
     source = resolve_model(path_or_id)
+    packed = None
     if isinstance(source, Path):
-        if files.read_config(source).get("quantization_config"):
-            raise BadInput(f"{source} is quantised: experts stream from bfloat16, float16 or float32 checkpoints only")
+        how = {**how, **quantised.widening(files.read_config(source), source)}
         Table.of_folder(source)
-    caught: dict[str, sources.Source] = {}
+        packed = read_packed(source)
     classes: list[type] = []
 
-    def without_experts(model_class: Any) -> Any:
+    def own_weights(model_class: Any) -> Any:
+        def instead(model: Any, state_dict: Any, checkpoint_files: Any, load_config: Any, *rest: Any) -> Any:
+            return load_weights(
+                model_class, _survey(model, checkpoint_files, load_config, packed), (checkpoint_files, load_config, *rest)
+            )
+
         classes.append(model_class)
-        # a subclass for this one call: nothing global is patched, and the model gets its own class back below
-        return type(
-            model_class.__name__,
-            (model_class,),
-            {
-                "__module__": model_class.__module__,
-                "_load_pretrained_model": staticmethod(_loader(model_class, reader, caught)),
-            },
-        )
+        return with_weights(model_class, instead)
 
-    loaded = load(source, experts="moesaic", adapt=without_experts, **how)
+    loaded = load(source, experts="moesaic", adapt=own_weights, **how)
     loaded.model.__class__ = classes[0]
-    return Skeleton(loaded, caught)
+    return loaded
 
 
-def _loader(model_class: Any, reader: Reader, caught: dict[str, sources.Source]) -> Callable:
-    def load_weights(model: Any, state_dict: Any, checkpoint_files: Any, load_config: Any, *rest: Any) -> Any:
-        if load_config.is_quantized or not checkpoint_files:
-            raise BadInput(f"{type(model).__name__}: experts stream from plain safetensors files only")
-        table = Table.of_files(checkpoint_files)
-        found, keys = sources.find(model, load_config.weight_mapping or [], table, expert_parameters(model))
-        caught.update(found)
-        tensors = {name: _Absent(stored) if name in keys else _OnDisk(stored, reader) for name, stored in table.items()}
-        return model_class._load_pretrained_model(model, tensors, checkpoint_files, load_config, *rest)
-
-    return load_weights
+def _survey(model: Any, checkpoint_files: Any, load_config: Any, packed: Packed | None) -> Survey:
+    if not checkpoint_files or not all(str(file).endswith(".safetensors") for file in checkpoint_files):
+        raise BadInput(f"{type(model).__name__}: experts stream from safetensors files only")
+    if load_config.is_quantized:  # of a hub id, whose config.json was not looked at before
+        quantised.widening(
+            {"quantization_config": load_config.hf_quantizer.quantization_config.to_dict()}, type(model).__name__
+        )
+    table = Table.of_files(checkpoint_files)
+    if packed is not None:
+        return Survey(model, table, packed_sources.find(model, packed), list(table.values()))
+    found, keys = sources.find(model, load_config.weight_mapping or [], table, expert_parameters(model))
+    return Survey(model, table, dict(found), [stored for name, stored in table.items() if name not in keys])

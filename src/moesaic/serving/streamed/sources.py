@@ -17,8 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 
 from moesaic.core.errors import BadInput
+from moesaic.serving.streamed import fp8
 from moesaic.store import Range, Table
 from moesaic.store.slots import LINE
 
@@ -26,6 +28,9 @@ SMALL = 8
 """What the widths' common factor becomes in a trial: large enough that no permutation of rows looks like none."""
 
 READABLE = (torch.bfloat16, torch.float16, torch.float32)
+
+SCALE = "_scale_inv"
+"""What the name of an fp8 tensor's scales ends in, after the tensor's own."""
 
 
 @dataclass
@@ -39,6 +44,7 @@ class Source:
         at, shared: which of the parameters that share these tensors this one is (0 of 1 for nearly all).
         order: the sources whose bytes, one after another, are the expert; None where they must be converted.
         mapped: whether transformers, without a change of dtype, leaves the parameter where the file is mapped.
+        scales: of fp8 experts, a scale for every block of each of the tensors in `lists`; else empty.
     """
 
     name: str
@@ -51,6 +57,7 @@ class Source:
     model: Any = None
     order: list[int] | None = field(default_factory=lambda: [0])
     mapped: bool = True
+    scales: dict[str, list[Range]] = field(default_factory=dict)
 
     @property
     def stacked(self) -> bool:
@@ -62,12 +69,23 @@ class Source:
             return [ranges[0].rows(e, e + 1) for ranges in self.lists.values()]
         return [ranges[self.at * self.experts + e] for ranges in self.lists.values()]
 
+    def scale_ranges(self, e: int) -> list[Range]:
+        """The scales of `ranges(e)`, none where the experts are not fp8."""
+        return [self.scales[pattern][self.at * self.experts + e] for pattern in self.lists if self.scales]
+
     def shift(self, e: int, dtype: torch.dtype) -> int:
         """Where in a cache line the resident model has expert e: in the mapped file, or in an aligned copy of the stack."""
         stored = self.ranges(e)[0]
         return (
             stored.start % LINE if self.mapped and stored.dtype == dtype else e * math.prod(self.shape) * dtype.itemsize % LINE
         )
+
+    def made(self, e: int, read: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
+        """What was read of `ranges(e)` and then `scale_ranges(e)` as plain tensors of the ranges, fp8 ones in the dtype."""
+        if not self.scales:
+            return read
+        half = len(read) // 2
+        return [fp8.widen(codes, scale, dtype) for codes, scale in zip(read[:half], read[half:], strict=True)]
 
     def assemble(self, read: Sequence[Tensor]) -> Tensor:
         """One expert's matrix from what was read of `ranges(e)`, in the dtype given."""
@@ -190,22 +208,49 @@ def find(model: Any, rules: Iterable[Any], table: Table, parameters: Iterable[st
     return sources, keys
 
 
+def _part_scales(source: Source) -> None:
+    """Set fp8 scales apart from the tensors, and leave the rule what follows the widening. Raises BadInput."""
+    assert source.rule is not None
+    lists, source.lists = source.lists, {}
+    for pattern, ranges in lists.items():
+        if pattern + SCALE in lists:
+            scales = lists[pattern + SCALE]
+            if len(scales) != len(ranges):
+                raise BadInput(
+                    f"{ranges[0].path}: {len(scales)} scales such as {scales[0].name} for {len(ranges)} tensors such as "
+                    f"{ranges[0].name}"
+                )
+            source.scales[pattern] = scales
+        if not pattern.endswith((SCALE, "activation_scale")):
+            source.lists[pattern] = ranges
+    if source.scales and source.scales.keys() != source.lists.keys():
+        plain = next(ranges[0] for pattern, ranges in source.lists.items() if pattern not in source.scales)
+        raise BadInput(f"{plain.path}: tensor {plain.name} has no scales, and others of {source.name} have")
+    source.rule = deepcopy(source.rule)
+    source.rule.operations = [op for op in source.rule.operations if not isinstance(op, Fp8Dequantize)]
+
+
 def _source(
     model: Any, name: str, own: Tensor, rule: WeightConverter | None, lists: dict[str, list[Range]], at: int, shared: int
 ) -> Source:
     experts, shape = own.shape[0], tuple(own.shape[1:])
     source = Source(name, shape, experts, lists, rule, at, shared, model)
-    for ranges in lists.values():
+    if rule is not None and any(isinstance(operation, Fp8Dequantize) for operation in rule.operations):
+        _part_scales(source)
+    for pattern, ranges in source.lists.items():
         stored = ranges[0]
         if not source.stacked and len(ranges) != experts * shared:
             raise BadInput(
                 f"{stored.path}: {len(ranges)} tensors such as {stored.name} for {experts * shared} experts of {name}"
             )
         for i, tensor in enumerate(ranges):
-            if tensor.dtype not in READABLE:
+            if source.scales:
+                fp8.check(tensor, source.scales[pattern][i])
+            elif tensor.dtype not in READABLE:
                 kind = str(tensor.dtype).removeprefix("torch.")
                 raise BadInput(
-                    f"{tensor.path}: tensor {tensor.name} is {kind}: experts stream from bfloat16, float16 or float32 only"
+                    f"{tensor.path}: tensor {tensor.name} is {kind}: experts stream from bfloat16, float16, float32, and from "
+                    f"float8_e4m3fn with {SCALE.lstrip('_')} in an fp8 checkpoint"
                 )
             first = ranges[i // experts * experts]
             if tensor.shape != first.shape:
