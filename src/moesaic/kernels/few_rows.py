@@ -2,8 +2,8 @@
 
 At one to four rows an expert is a matrix-vector product, and reading its weights once is all that counts. Library calls
 per expert leave half of the bandwidth unused and want the weights packed; this pass, compiled by Numba (an extra),
-reads the stacked tensors as they lie, shares their rows between cores, and sums in fp32. It runs on the OpenMP pool that
-PyTorch uses, so the two do not fight for cores. Its twin is kernels/reference.py.
+reads the stacked tensors as they lie, row after row, shares the rows between cores, and sums in fp32. It runs on the
+OpenMP pool that PyTorch uses, so the two do not fight for cores. Its twin is kernels/reference.py.
 
 Shape legend: T tokens, S pairs, P hit experts, D model width, I inner width.
 """
@@ -27,8 +27,8 @@ MOST_ROWS = 4
 LEAST_BYTES = 1 << 18
 """Smaller experts sit in cache, and are not worth the seconds of the first compilation."""
 
-MULTIPLE = 16
-"""D and I must be multiples of the rows that one core takes at a time (compiled/swiglu.py)."""
+MULTIPLE = 32
+"""Of which D and I must be multiples: compiled/row_dot.py's LINE."""
 
 
 @cache  # asked on every call of a bank; a search of the import path each time would cost more than the pass
@@ -74,15 +74,19 @@ def add(x_TD: Tensor, dispatch: Dispatch, weights: Weights, spans: list[Span], y
     from moesaic.kernels.compiled import pool
     from moesaic.kernels.compiled.swiglu import swiglu
 
-    pool.join()
+    cores = pool.join()
+    pairs, inner = dispatch.token_S.shape[0], weights.inner_width
     swiglu(
-        x_TD.detach().float().contiguous().numpy(),
+        bits(x_TD.to(torch.bfloat16).contiguous()),
         torch.tensor(spans).numpy(),
         dispatch.token_S.numpy(),
         dispatch.weight_S.detach().float().numpy(),
         bits(weights.gate_up),
         bits(weights.down),
+        torch.empty(pairs, 2 * inner).numpy(),
+        bits(torch.empty(pairs, inner, dtype=torch.bfloat16)),
         y_TD.numpy(),
+        cores,
     )
 
 

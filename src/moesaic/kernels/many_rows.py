@@ -38,14 +38,23 @@ SCRATCH_BYTES = 32 << 20
 @cache
 def available() -> bool:
     """Whether this machine has the instruction, and no matrix unit (AMX) that the libraries would use instead."""
+    if not has_pairs():
+        return False
+    from llvmlite.binding import get_host_cpu_features
+
+    return not get_host_cpu_features().get("amx-bf16")
+
+
+@cache
+def has_pairs() -> bool:
+    """Whether Numba compiles for a processor that has `vdpbf16ps`."""
     if not few_rows.available():
         return False
     import numba
     from llvmlite.binding import get_host_cpu_features
 
-    host = get_host_cpu_features()
     elsewhere = numba.config.CPU_NAME or numba.config.CPU_FEATURES  # Numba was told to compile for another machine
-    return bool(host.get("avx512bf16")) and not host.get("amx-bf16") and not elsewhere
+    return bool(get_host_cpu_features().get("avx512bf16")) and not elsewhere
 
 
 def fits(weights: Weights, dtype: torch.dtype, spans: list[Span]) -> bool:
@@ -71,6 +80,13 @@ def run(x_TD: Tensor, dispatch: Dispatch, weights: Weights, spans: list[Span]) -
 def add(x_TD: Tensor, dispatch: Dispatch, weights: Weights, spans: list[Span], y_TD: Tensor) -> None:
     """Add these spans' weighted outputs to y (fp32). Spans one after another, in however many calls, give the same bits."""
     _add(x_TD, dispatch.token_S, dispatch.weight_S, weights.gate_up, weights.down, spans, None, y_TD)
+
+
+def add_stacked(
+    x_TD: Tensor, dispatch: Dispatch, gate_up: Tensor, down: Tensor, spans: list[Span], y_TD: Tensor
+) -> None:
+    """`add` with tensors that the caller knows to suit; a span's expert is its row in them."""
+    _add(x_TD, dispatch.token_S, dispatch.weight_S, gate_up, down, spans, None, y_TD)
 
 
 def forward(

@@ -1,0 +1,54 @@
+"""Quick modules: the same model to rounding, found by what modules are."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from moesaic.kernels.few_rows import available
+from moesaic.view import load
+from moesaic.view.quick import QuickLinear, quicken
+
+pytestmark = pytest.mark.skipif(not available(), reason="Numba is not installed")
+
+
+def test_the_bundled_model_says_the_same():
+    plain, quick = load("bundled").model, load("bundled").model
+    made = quicken(quick)
+    layers = quick.config.num_hidden_layers
+    assert made == {"linear": 4 * layers + 1, "norm": 4 * layers + 1, "attention": 1}
+    assert quicken(quick) == {"linear": 0, "norm": 0, "attention": 0}
+    assert [*plain.state_dict()] == [*quick.state_dict()]
+    ids = torch.arange(5, 45)[None]
+    with torch.inference_mode():
+        start = [model(ids[:, :8], use_cache=True) for model in (plain, quick)]
+        caches = [out.past_key_values for out in start]
+        for i in range(8, 40):
+            out = [m(ids[:, i : i + 1], past_key_values=c).logits for m, c in zip((plain, quick), caches, strict=True)]
+            error = (out[0] - out[1]).float().norm() / out[0].float().norm()
+            assert error < 0.02  # bf16 over six layers; a wrong norm or head gives more than 0.5
+
+
+def test_quick_layers_are_their_classes_and_still_learn():
+    model = nn.Sequential(nn.Linear(64, 32), nn.Linear(40, 8)).bfloat16()
+    assert quicken(model)["linear"] == 1  # 40 columns are no whole lines
+    assert isinstance(model[0], nn.Linear) and type(model[0]) is QuickLinear and type(model[1]) is nn.Linear
+    model[0](torch.randn(1, 64).bfloat16()).sum().backward()
+    assert model[0].weight.grad is not None
+
+
+class Other(nn.Module):
+    """Looks like a norm, and adds one to its weight."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.randn(64).bfloat16()), 1e-6
+
+    def forward(self, x):
+        wide = x.float()
+        return ((1 + self.weight.float()) * wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)).to(x.dtype)
+
+
+def test_a_norm_of_another_kind_stays_as_it_is():
+    assert quicken(nn.Sequential(Other()))["norm"] == 0
