@@ -82,13 +82,6 @@ def add(x_TD: Tensor, dispatch: Dispatch, weights: Weights, spans: list[Span], y
     _add(x_TD, dispatch.token_S, dispatch.weight_S, weights.gate_up, weights.down, spans, None, y_TD)
 
 
-def add_stacked(
-    x_TD: Tensor, dispatch: Dispatch, gate_up: Tensor, down: Tensor, spans: list[Span], y_TD: Tensor
-) -> None:
-    """`add` with tensors that the caller knows to suit; a span's expert is its row in them."""
-    _add(x_TD, dispatch.token_S, dispatch.weight_S, gate_up, down, spans, None, y_TD)
-
-
 def forward(
     x_TD: Tensor,
     token_S: Tensor,
