@@ -7,6 +7,7 @@ asks the kernel to forget. Where a file system knows no O_DIRECT, `direct` becom
 
 from __future__ import annotations
 
+import contextlib
 import heapq
 import itertools
 import mmap
@@ -131,6 +132,7 @@ class Reader:
         self.counters = Counters()
         self._read_at = read_at or getattr(os, "preadv", None) or _pread_into
         self._files: dict[Path, int] = {}
+        self._stale: list[int] = []
         self._queue: list[tuple[int, int, _Job]] = []
         self._numbers = itertools.count()
         self._change = threading.Condition()
@@ -154,9 +156,10 @@ class Reader:
             worker.join(1.0)
             hung = hung or worker.is_alive()
         if not hung:  # a file that a hung read still uses must not be closed under it
-            for fd in self._files.values():
+            for fd in (*self._files.values(), *self._stale):
                 os.close(fd)
         self._files.clear()
+        self._stale.clear()
 
     def fetch(self, pieces: Iterable[tuple[Range, Tensor]], prefetch: bool = False) -> Ticket:
         """Begin to read each range into its tensor: contiguous, of as many bytes, in the stored dtype.
@@ -282,6 +285,7 @@ class Reader:
                 self.counters.reads += 1
                 job.busy = False
                 if why is not None:
+                    self._leave(job.source.path)
                     self._fail(job.ticket, why)
                 elif job.state in ("reading", "copying"):
                     job.state = "done"
@@ -329,6 +333,14 @@ class Reader:
             if path not in self._files:
                 self._files[path] = self._open_anew(path)
             return self._files[path]
+
+    def _leave(self, path: Path) -> None:
+        """After a read that failed, open a file anew where another one has taken its place since."""
+        if path not in self._files:
+            return
+        with contextlib.suppress(OSError):
+            if not os.path.samestat(os.stat(path), os.fstat(self._files[path])):
+                self._stale.append(self._files.pop(path))  # other threads may be reading from it: closed at the end
 
     def _open_anew(self, path: Path) -> int:
         plain = os.O_RDONLY | getattr(os, "O_BINARY", 0)

@@ -90,6 +90,8 @@ def _check_index(index: Path) -> list[Path]:
         raise BadInput(f"{index} is not a safetensors index ({error!r})") from error
     paths = []
     for shard in shards:
+        if not isinstance(shard, str) or Path(shard).name != shard or "\\" in shard:
+            raise BadInput(f"{index} names the weights {shard!r}, which is no file of this folder")
         path = index.parent / shard
         names = [name for name, file in weight_map.items() if file == shard]
         if not path.is_file():

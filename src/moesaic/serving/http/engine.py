@@ -33,6 +33,7 @@ from moesaic.serving.http.batch import Batch, Runner
 from moesaic.serving.http.errors import ApiError, closing, timed_out
 from moesaic.serving.http.jobs import Done, Failed, Job, Row
 from moesaic.serving.http.meter import ExpertLoad, Meter
+from moesaic.store import ReadFailed
 from moesaic.view import View, view
 
 log = logging.getLogger("moesaic.serve")
@@ -249,6 +250,8 @@ class Engine:
             budget -= len(job.prompt_ids)
             try:
                 self._read(job)
+            except ReadFailed as error:
+                self._fail(job, _unread(error))
             except MoesaicError as error:  # a routing that only the router itself could refuse
                 self._fail(job, ApiError(400, str(error), param="routing"))
             except Exception:
@@ -281,6 +284,9 @@ class Engine:
         for batch in list(self._batches):
             try:
                 logits_BV = batch.step()
+            except ReadFailed as error:
+                self._fail_rows([batch], _unread(error))
+                continue
             except Exception:
                 log.exception("a step over %d rows failed", len(batch.rows))
                 self._fail_rows([batch], ApiError(500, "the model failed while answering; see the server's log"))
@@ -327,3 +333,9 @@ class Engine:
         for batch in self._batches:
             batch.keep([not row.job.over for row in batch.rows])
         self._batches = [batch for batch in self._batches if batch.rows]
+
+
+def _unread(error: ReadFailed) -> ApiError:
+    """Streamed experts that did not come: the next request may find the file whole again."""
+    log.error("experts could not be read: %s", error)
+    return ApiError(500, f"the model's weights could not be read: {error}", code="weights_unreadable")
