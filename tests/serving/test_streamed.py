@@ -281,7 +281,7 @@ def test_what_is_refused(tiny_moe, tiny_dense, tmp_path):
     refused("page cache 'fast'", memory=10**6, page_cache="fast")
     refused("no policies method 'best'", resident=0.5, policy="best")
     refused("policy belady needs future", kind=MissingNeed, resident=0.5, policy="belady")
-    refused("policy fate needs ahead", kind=MissingNeed, resident=0.5, policy="fate")
+    refused("policy expertflow needs tokens", kind=MissingNeed, resident=0.5, policy="expertflow")
     refused("learns from earlier routing|counts earlier routing", kind=MissingNeed, resident=0.5, policy="static")
     refused("runs experts on a host", resident=0.5, policy="static:mask=uniform+host=true")
     refused("only the replay does that", resident=0.5, policy="none:dense=true")

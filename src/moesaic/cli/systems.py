@@ -37,7 +37,7 @@ def row(entry: Entry) -> dict[str, Any]:
     }
 
 
-GPU = {"statistics": "NumPy, on the CPU", "policies": "NumPy, on the CPU"}
+GPU = {"statistics": "NumPy, on the CPU", "policies": "NumPy, on the CPU", "lossy": "streaming is on the CPU"}
 """What holds for a whole family that says nothing by method."""
 TESTED = {
     "routing": "tests/routing, tests/matrix/test_routers.py",
@@ -45,6 +45,7 @@ TESTED = {
     "balancing": "tests/balancing, tests/matrix/test_balancers.py",
     "layers": "tests/layers",
     "kernels": "tests/kernels",
+    "lossy": "tests/serving/test_lossy.py",
     "policies": "tests/trace/policies, tests/matrix/test_policies.py",
     "statistics": "tests/trace/statistics, tests/cli/test_analyze.py",
 }

@@ -24,6 +24,7 @@ FAMILIES = {
     "layers": "moesaic.layers",
     "kernels": "moesaic.kernels",
     "policies": "moesaic.trace.policies",
+    "lossy": "moesaic.serving.streamed.lossy",
     "statistics": "moesaic.trace.statistics",
 }
 """Family name -> package whose modules may register methods. A new family is one line here."""

@@ -25,6 +25,7 @@ from moesaic.core.errors import BadInput
 from moesaic.core.recompute import recomputing
 from moesaic.trace import calls
 from moesaic.trace.file import Header, Trace, TraceLayer
+from moesaic.trace.lookahead import look_ahead
 from moesaic.trace.rows import Passed, Rows, widened
 from moesaic.trace.writer import Writer
 from moesaic.view import View, view
@@ -205,20 +206,12 @@ class Recorder:
 
     def _look_ahead(self, i: int, x: Tensor) -> Tensor:
         """What the next layers' routers choose for this layer's router input: their choice first, then by score."""
-        x_TD = x.reshape(-1, x.shape[-1])
-        found = []
-        for block in self.view[i + 1 : i + 1 + self.lookahead]:
-            routing = block.route(x_TD)
-            assert routing.experts_TK is not None
-            order_TE = routing.logits_TE.detach().float()
-            rank_TK = torch.arange(routing.experts_TK.shape[1], 0, -1.0, device=x.device).expand_as(routing.experts_TK)
-            first_TE = torch.zeros_like(order_TE).scatter(1, routing.experts_TK.clamp(min=0), rank_TK)
-            chosen = first_TE > 0
-            order_TE = torch.where(chosen, 1e30 * first_TE, order_TE)
-            found.append(order_TE.topk(self._ahead, -1).indices)
-        missing = self.lookahead - len(found)
-        found += [torch.full((x_TD.shape[0], self._ahead), -1, device=x.device)] * missing
-        return torch.stack(found, 1).to(self._torch_dtype)
+        coming = self.view[i + 1 : i + 1 + self.lookahead]
+        tokens = x.numel() // x.shape[-1]
+        found = [look_ahead(coming, x, self._ahead)] if coming else []
+        missing = self.lookahead - len(coming)
+        found += [torch.full((tokens, missing, self._ahead), -1, device=x.device)]
+        return torch.cat(found, 1).to(self._torch_dtype)
 
     def _finish(self) -> None:
         """The pass under way is over: queue what it did, stream by stream."""

@@ -14,17 +14,20 @@ from moesaic.trace.policies.policy import Policy
 from moesaic.trace.replay import history_of, replay, shape_of
 
 
-def build(word: str) -> Policy:
-    """A policy of `name` or `name:option=value+option=value`. Raises BadInput naming an option that it does not have."""
+def build(word: str, family: str = "policies", option: str = "--policy") -> Any:
+    """A policy (or another method) of `name` or `name:option=value+option=value`.
+
+    Raises BadInput naming an option that it does not have.
+    """
     name, _, options = word.strip().partition(":")
-    entry = registry.get("policies", name)
+    entry = registry.get(family, name)
     hints = get_type_hints(entry.build.__init__)
     given: dict[str, Any] = {}
     for part in filter(None, options.split("+")):
         key, equals, text = part.partition("=")
         if key not in entry.parameters or not equals:
-            raise BadInput(f"--policy {word!r}: {name} has no option {part!r}; it has {', '.join(entry.parameters) or 'none'}")
-        given[key] = _value(hints[key], text, f"--policy {word!r}: {part!r}")
+            raise BadInput(f"{option} {word!r}: {name} has no option {part!r}; it has {', '.join(entry.parameters) or 'none'}")
+        given[key] = _value(hints[key], text, f"{option} {word!r}: {part!r}")
     return entry.build(**given)
 
 

@@ -9,20 +9,22 @@ from typing import Any
 import numpy as np
 import torch
 
-from moesaic.core.errors import MissingNeed
+from moesaic.core.errors import BadInput, MissingNeed
 from moesaic.serving.streamed import budget
-from moesaic.serving.streamed.engine import Engine
+from moesaic.serving.streamed.engine import GIVEN, Engine
 from moesaic.serving.streamed.load import expert_parameters, load_skeleton
+from moesaic.serving.streamed.lossy.mode import Lossy
 from moesaic.serving.streamed.stats import Stats, peak_bytes
 from moesaic.store import PageCache, Reader
 from moesaic.trace import sweep
+from moesaic.trace.hardware import Hardware
+from moesaic.trace.policies.history import History
 from moesaic.trace.policies.policy import Policy, Shape
 from moesaic.view import View
 
 __all__ = ["Engine", "Stats", "Streamed", "load_streamed", "peak_bytes"]
 
-GIVEN = frozenset({"history"})
-"""What a live engine can bring of what policies need; a policy that needs more only replays so far."""
+WHY_NOT = {"future": "nobody knows it while a model runs", "tokens": "its predictor reads whole texts"}
 
 
 class Streamed:
@@ -51,6 +53,10 @@ def load_streamed(
     memory: int | str | None = None,
     resident: float | None = None,
     policy: str | Policy = "lru",
+    history: History | None = None,
+    prefetch_bytes: int | None = None,
+    lossy: str | Lossy | None = None,
+    hardware: Hardware | None = None,
     page_cache: PageCache = "direct",
     threads: int = 4,
     timeout: float = 60.0,
@@ -66,6 +72,10 @@ def load_streamed(
         memory: bytes that experts may take, an int or text such as "6GiB". Or `resident`: their share, above 0 to 1.
             All other weights come on top; so do biases of experts, which stay in memory.
         policy: a registered cache policy, `name` or `name:option=value+option=value`, or a built one.
+        history: earlier routing, for policies that learn (`trace.replay.history_of`).
+        prefetch_bytes: what a policy that guesses may read ahead in one pass; default: what one token's experts take.
+        lossy: a registered lossy mode, written like a policy, or a built one: less is read, and the output changes.
+        hardware: what policies that schedule are told of the machine.
         page_cache: "direct" reads past the kernel's page cache; "keep" lets it hold what was read, "drop" makes it forget.
         threads, timeout: reads in flight, and seconds after which a read without an answer is an error.
         dtype, attention, how: see `moesaic.load`.
@@ -73,10 +83,18 @@ def load_streamed(
     Raises BadInput for a checkpoint that cannot be streamed, a budget too small (with the minimum), or a policy that needs
     what a running model cannot give; ReadFailed for reads.
     """
+    if prefetch_bytes is not None and prefetch_bytes < 0:
+        raise BadInput(f"prefetch of {prefetch_bytes} bytes in a pass: give 0 or more")
     built = sweep.build(policy) if isinstance(policy, str) else policy
+    mode = sweep.build(lossy, "lossy", "--lossy") if isinstance(lossy, str) else lossy
     unmet = sorted(built.needs - GIVEN)
     if unmet:
-        raise MissingNeed(f"policy {built.entry.name} needs {', '.join(unmet)}, which a running model does not give: replay it")
+        why = "; ".join(WHY_NOT.get(need, "a running model does not give it") for need in unmet)
+        raise MissingNeed(f"policy {built.entry.name} needs {', '.join(unmet)} ({why}): replay it")
+    if not built.exact:
+        raise BadInput(f"policy {built.entry.name} changes the model, which must be trained for it: replay it")
+    if history is not None and built.learns:
+        built.learn(history)
     own = reader is None
     reader = Reader(page_cache, threads, timeout) if reader is None else reader
     try:
@@ -91,7 +109,10 @@ def load_streamed(
         sizes = {(sources[names[i, 0]].shape, sources[names[i, 1]].shape): int(shape.bytes_L[i]) for i in range(len(view))}
         given = budget.budget_of(shape.total_bytes, memory, resident)
         plan = budget.divide(given, shape.total_bytes, list(sizes.values()))
-        engine = Engine(view, {place: sources[name] for place, name in names.items()}, reader, built, plan, shape)
+        engine = Engine(
+            view, {place: sources[name] for place, name in names.items()}, reader, built, plan, shape,
+            prefetch_bytes=prefetch_bytes, hardware=hardware, lossy=mode,
+        )  # fmt: skip
     except BaseException:
         if own:
             reader.close()

@@ -11,6 +11,7 @@ from moesaic.serving.streamed.stats import peak_bytes
 
 if TYPE_CHECKING:
     from moesaic.serving.streamed import Streamed
+    from moesaic.serving.streamed.engine import Engine
 
 
 def streaming_facts(streamed: Streamed) -> dict[str, Any]:
@@ -21,6 +22,8 @@ def streaming_facts(streamed: Streamed) -> dict[str, Any]:
     return {
         **streamed.stats.row(),
         "policy": engine.policy.entry.name,
+        "prefetch_budget_bytes": engine.prefetch.budget_bytes if engine.prefetch.active else 0,
+        **lossy_facts(engine),
         "page_cache": engine.reader.page_cache,
         "memory_bytes": engine.plan.budget_bytes,
         "capacity_bytes": engine.plan.capacity_bytes,
@@ -28,6 +31,19 @@ def streaming_facts(streamed: Streamed) -> dict[str, Any]:
         "expert_total_bytes": engine.shape.total_bytes,
         "resident_bytes": other + engine.held_bytes,
         "peak_bytes": peak_bytes(),
+    }
+
+
+def lossy_facts(engine: Engine) -> dict[str, Any]:
+    """Whether outputs are those of the resident model, and if not, by which mode, so set, and how much of the routing ran."""
+    if engine.lossy is None:
+        return {}
+    stats = engine.stats
+    return {
+        "exact": engine.exact,
+        "lossy": {"mode": engine.lossy.entry.name, "options": engine.lossy.options},
+        "overlap": stats.overlap,
+        "deferred": stats.deferred,
     }
 
 

@@ -3,7 +3,7 @@
 The policy is the object that `moesaic replay` simulates, driven by the same events in the same order, so its counts are
 the replay's. Experts in use are pinned by it; what finds no place streams through staging slots, each expert read once per
 layer and pass. Computing follows the order of experts, as far as they have arrived, whatever the policy decided: outputs
-are bit for bit those of the resident model.
+are bit for bit those of the resident model, unless a lossy mode was asked for.
 
 One forward pass at a time: calls from several threads wait for each other, and a pass that another one interrupts is
 computed right but counted as two.
@@ -13,57 +13,118 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections import deque
 from collections.abc import Iterator
-from typing import Any
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from moesaic.core.errors import BadInput
 from moesaic.core.routing import Dispatch
 from moesaic.kernels import few_rows, waves
-from moesaic.kernels.products import Span, hit_spans
+from moesaic.kernels.products import hit_spans
 from moesaic.kernels.slots import bounds_of
 from moesaic.serving.streamed import stats as C
 from moesaic.serving.streamed.budget import MOST_STAGING, Plan
 from moesaic.serving.streamed.fetch import Fetch, fetch
 from moesaic.serving.streamed.layer import Layer
-from moesaic.serving.streamed.sources import Source
+from moesaic.serving.streamed.lossy.mode import Lossy, keep_pairs
+from moesaic.serving.streamed.packed_sources import Sourced
+from moesaic.serving.streamed.prefetch import Prefetch, mean_scores
 from moesaic.serving.streamed.stats import Stats
+from moesaic.serving.streamed.wave import Wave
 from moesaic.store import Reader, Slots
 from moesaic.trace import calls
+from moesaic.trace.hardware import Hardware
 from moesaic.trace.policies import state as S
 from moesaic.trace.policies.policy import Policy, Shape
-from moesaic.view import View
+from moesaic.view import View, tap
+from moesaic.view.block import Block
 from moesaic.view.implementation import STREAMED
 
-AHEAD, AHEAD_ASIDE = 8, 2
-"""Experts asked for before the first has come; fewer where each is read aside first, which takes memory of its own."""
+GIVEN = frozenset({"history", "scores", "ahead"})
+"""What a live engine can bring of what policies need; a policy that needs more only replays."""
+
+NOBODY = np.zeros((0, 0), np.int64)
+"""Of ids that coming routers would choose: none so far."""
+
+
+class Owed(NamedTuple):
+    """Experts of a layer that a lossy mode applies one layer later: to the very x that was routed to them."""
+
+    layer: Layer
+    x_TD: Tensor
+    dispatch: Dispatch
 
 
 class Engine:
-    """Serves every experts call of a model from at most `plan.budget_bytes` of slots. Made by `load_streamed`."""
+    """Serves every experts call of a model from at most `plan.budget_bytes` of slots. Made by `load_streamed`.
+
+    Args:
+        prefetch_bytes: of guesses in one pass, where the policy guesses; None: what the experts of one token take.
+        hardware: what the policy is told of the machine; no host that computes misses.
+        lossy: a mode that changes the output, or None.
+    """
 
     def __init__(
-        self, view: View, sources: dict[tuple[int, int], Source], reader: Reader, policy: Policy, plan: Plan, shape: Shape
+        self,
+        view: View,
+        sources: dict[tuple[int, int], Sourced],
+        reader: Reader,
+        policy: Policy,
+        plan: Plan,
+        shape: Shape,
+        *,
+        prefetch_bytes: int | None = None,
+        hardware: Hardware | None = None,
+        lossy: Lossy | None = None,
     ) -> None:
         self.policy, self.plan, self.shape, self.reader = policy, plan, shape, reader
+        self.hardware, self.lossy = hardware, lossy
         self.layers = [Layer(i, block, [sources[i, 0], sources[i, 1]]) for i, block in enumerate(view)]
-        self._lock = threading.RLock()
+        self.prefetch = Prefetch(self, prefetch_bytes)
+        self._lock, self._here = threading.RLock(), threading.local()
         self._seen: set[int] = set()
         self._new = self._fresh = True
         self._begin()
         self.clear()
         for layer in self.layers:
             setattr(layer.block.experts, STREAMED, _Call(self, layer))
+        if lossy is not None:
+            lossy.attach(self)
+        signals = policy.needs & {"scores", "ahead"}
+        if signals:
+            for layer in self.layers:
+                layer.block.on_choice(self._watcher(layer), scores="scores" in signals)
         self._watch = calls.watch_calls(view.model, self._before, lambda output: None)
         weakref.finalize(view.model, reader.close)
 
     @property
     def exact(self) -> bool:
-        """Outputs are those of the resident model under every policy: routing is never changed here."""
-        return True
+        """Whether outputs are those of the resident model: under every policy, and not under a lossy mode."""
+        return self.lossy is None or self.lossy.neutral
+
+    @contextmanager
+    def without_loss(self) -> Iterator[None]:
+        """The lossy mode rests inside: exact routing, for this thread only."""
+        before = getattr(self._here, "exact", False)
+        self._here.exact = True
+        try:
+            yield
+        finally:
+            self._here.exact = before
+
+    @property
+    def mode(self) -> Lossy | None:
+        """The lossy mode in force in this thread."""
+        return None if getattr(self._here, "exact", False) else self.lossy
+
+    @property
+    def looking_ahead(self) -> bool:
+        """Whether this thread asks coming routers now, which is no pass of the model."""
+        return bool(getattr(self._here, "looking", False))
 
     @property
     def held_bytes(self) -> int:
@@ -90,12 +151,12 @@ class Engine:
 
     def _begin(self) -> None:
         """An empty cache; also after a failed read, when nobody knows what the slots hold."""
-        self.policy.start(self.shape, self.plan.capacity_bytes)
+        self.policy.start(self.shape, self.plan.capacity_bytes, self.hardware)
+        against = reason_against(self.policy)
+        if against is not None:
+            raise BadInput(against)
         note = self.policy.state.note
-        if note[S.WHERE] != S.MOVE and note[S.WHERE] != S.CHEAPEST:
-            raise BadInput(f"policy {self.policy.entry.name} runs experts on a host: streaming from disk has no other device")
-        if note[S.DENSE]:
-            raise BadInput(f"policy {self.policy.entry.name} moves experts that nobody chose: only the replay does that")
+        self.prefetch.forget()
         self._slots: dict[Any, Slots] = {}
         self._staging: dict[Any, list[int]] = {}
         for kind in dict.fromkeys(layer.kind for layer in self.layers):
@@ -120,52 +181,152 @@ class Engine:
     def _before(self, call: calls.Call) -> None:
         self._new, self._fresh = True, not call.continues
 
+    def _watcher(self, layer: Layer) -> Any:
+        def watch(choice: tap.Choice, block: Block) -> None:
+            # by layer: who routes a coming layer meanwhile, as a recorder that looks ahead does, passes here too
+            self._here.__dict__.setdefault("choices", {})[layer.number] = choice
+
+        return watch
+
     def run(self, layer: Layer, x_TD: Tensor, dispatch: Dispatch, ids_TK: Tensor | None) -> Tensor:
         """The experts call of one layer: y [T, D]."""
+        choice = self._here.__dict__.get("choices", {}).pop(layer.number, None)
         with self._lock:
             try:
-                wave = self._event(layer, x_TD.shape[0], dispatch, ids_TK)
-                return waves.run(x_TD, dispatch, layer.weights, wave.parts, layer.matrix)
+                self._begin_pass(layer, x_TD.shape[0])
+                before_TD = self._pay(layer, x_TD)
+                dispatch, ids_TK = self._altered(layer, dispatch, ids_TK)
+                wave = self._event(layer, x_TD.shape[0], dispatch, ids_TK, choice)
+                dispatch = self._put_off(layer, x_TD, dispatch, wave)
+                y_TD = waves.run(x_TD, dispatch, layer.weights, wave.parts, layer.matrix)
+                if wave.passing:  # used once, and given no place: guesses had to wait for theirs
+                    for e in wave.passing:
+                        self._give(layer, e)
+                    self._guess(layer.number, choice)
+                return y_TD if before_TD is None else y_TD + before_TD
             except BaseException:
                 self.reader.forget()
+                self._here.__dict__.pop("owed", None)
                 self._begin()
                 raise
 
-    def _event(self, layer: Layer, tokens: int, dispatch: Dispatch, ids_TK: Tensor | None) -> _Wave:
+    def _begin_pass(self, layer: Layer, tokens: int) -> None:
         if self._new or layer.number in self._seen:
             self.policy.begin_step(self._fresh, tokens > 1)
+            self.prefetch.begin_pass()
             self._stats.passes += 1
             self._seen.clear()
             self._new = False
         self._seen.add(layer.number)
+
+    def _altered(self, layer: Layer, dispatch: Dispatch, ids_TK: Tensor | None) -> tuple[Dispatch, Tensor | None]:
+        """What the lossy mode leaves of the choice, and how much that is."""
+        if self.mode is None:
+            return dispatch, ids_TK
+        true = dispatch.token_S.numel()
+        absent_E = torch.from_numpy(~self.policy.resident(layer.number)[: layer.experts])
+        changed = self.mode.choose(layer, dispatch, ids_TK, absent_E)
+        self._stats.choices += true
+        self._stats.choices_kept += true - changed.lost
+        return changed.dispatch, changed.ids_TK
+
+    def _put_off(self, layer: Layer, x_TD: Tensor, dispatch: Dispatch, wave: Wave) -> Dispatch:
+        """Leave some of the missing experts to the next layer's call, where the lossy mode says so."""
+        if self.mode is None:
+            return dispatch
+        missing = [e for e in (*wave.coming, *wave.queue) if e not in wave.passing]
+        later = self.mode.put_off(layer, dispatch, missing)
+        if not later:
+            return dispatch
+        now_S = torch.tensor([e not in later for e in range(layer.experts)])[dispatch.expert_S]
+        self.prefetch.flying.update({(layer.number, e): fetch for e, fetch in wave.leave(later).items()})
+        self._here.owed = Owed(layer, x_TD, keep_pairs(dispatch, ~now_S))
+        self._stats.choices_kept -= int((~now_S).sum())
+        self._stats.deferred += len(later)
+        return keep_pairs(dispatch, now_S)
+
+    def _pay(self, layer: Layer, x_TD: Tensor) -> Tensor | None:
+        """What the layer before left to this one, y [T, D]."""
+        owed: Owed | None = self._here.__dict__.pop("owed", None)
+        if owed is None or owed.layer.number != layer.number - 1:  # that pass was cut short
+            return None
+        if owed.x_TD.shape[0] != x_TD.shape[0]:
+            raise BadInput(f"{layer.block.name} sees other tokens than the layer before: experts cannot be deferred to it")
+        experts = [e for e, _, _ in hit_spans(bounds_of(owed.dispatch))]
+        late = {e: fetch for e in experts if (fetch := self.prefetch.flying.pop((owed.layer.number, e), None)) is not None}
+        gone = {e for e in experts if e not in owed.layer.held}  # another thread's pass came between
+        wave = Wave(self, owed.layer, [], gone, late)
+        return waves.run(owed.x_TD, owed.dispatch, owed.layer.weights, wave.parts, owed.layer.matrix)
+
+    def _event(self, layer: Layer, tokens: int, dispatch: Dispatch, ids_TK: Tensor | None, choice: tap.Choice | None) -> Wave:
+        """One event of the policy: what it lets go leaves, what is missing is asked for, then what may be needed next."""
+        self.prefetch.land()
         experts, counts = by_demand(layer.experts, dispatch, ids_TK)
-        decision = self.policy.event(layer.number, experts, counts, step_tokens=tokens)
-        count_CL, act = self._stats.count_CL, decision.action_n
-        count_CL[C.ACCESSES, layer.number] += len(experts)
-        count_CL[C.EVICTIONS, layer.number] += len(decision.evicted_M2)
-        for row, action in ((C.HITS, S.HIT), (C.LOADS, S.LOAD), (C.STREAMS, S.STREAM), (C.LATES, S.LATE)):
-            count_CL[row, layer.number] += int((act == action).sum())
+        given: dict[str, Any] = {}
+        if "scores" in self.policy.needs:
+            given["scores_E"] = self._scores(layer, choice, experts, counts)
+        if "ahead" in self.policy.needs:
+            given["ahead_AM"] = NOBODY  # asked of the routers below, while reads are under way
+        decision = self.policy.event(layer.number, experts, counts, step_tokens=tokens, **given)
+        stats, act, found = self._stats, decision.action_n, decision.experts_n
+        if decision.on_host_n.any():
+            raise BadInput(f"policy {self.policy.entry.name} runs experts on a host: streaming from disk has no other device")
+        stats.event(layer.number, act, len(decision.evicted_M2))
         for l, e in decision.evicted_M2.tolist():
-            self._give(self.layers[l], e)
-        loads = sorted(decision.experts_n[act == S.LOAD].tolist())
+            self.prefetch.release(self.layers[l], e)
+        loads = sorted(found[act == S.LOAD].tolist())
+        late = self.prefetch.used(layer, found[(act == S.HIT) | (act == S.LATE)].tolist())
+        passing: list[int] = []
+        if self.prefetch.active:  # guesses that were not wanted after all were turned back
+            kept_E = self.policy.state.cell[S.RESIDENT, layer.number] != S.ABSENT
+            passing = [e for e in found[(act == S.HIT) | (act == S.LATE)].tolist() if not kept_E[e]]
+            for e in [e for e in layer.held if not kept_E[e] and e not in passing]:
+                self.prefetch.release(layer, e)
         for e in loads:
             self._take(layer, e)
         if len(self._slots) > 1 and self.held_bytes > self.plan.budget_bytes:  # experts of one size made room for others'
             for slots in self._slots.values():
                 slots.trim()
-        return _Wave(self, layer, loads, set(decision.experts_n[act == S.STREAM].tolist()))
+        wave = Wave(self, layer, loads, set(found[act == S.STREAM].tolist()), late)
+        wave.passing = passing
+        if not passing:
+            self._guess(layer.number, choice)
+        return wave
+
+    def _guess(self, layer: int, choice: tap.Choice | None) -> None:
+        """Read ahead, while the layer's own experts come and compute."""
+        if self.prefetch.active:
+            self._here.looking = True
+            try:
+                self.prefetch.ask(layer, choice if "ahead" in self.policy.needs else None)
+            finally:
+                self._here.looking = False
+
+    def _scores(self, layer: Layer, choice: tap.Choice | None, experts: np.ndarray, counts: np.ndarray) -> np.ndarray:
+        """The router's scores, mean over tokens; where it shows none, or the bank is run by hand, shares of the tokens."""
+        logits_TE = None if choice is None else layer.block.logits(choice)
+        if logits_TE is not None and logits_TE.shape[0]:
+            return mean_scores(self.policy, logits_TE)
+        share_E = np.zeros(layer.experts)
+        share_E[experts] = counts / max(1, counts.sum())
+        return share_E
 
     def _take(self, layer: Layer, e: int) -> int:
-        layer.held[e] = slot = layer.slots.take()
+        try:
+            slot = layer.slots.take()
+        except IndexError:
+            self.prefetch.make_room()
+            slot = layer.slots.take()
+        layer.held[e] = slot
         return slot
 
     def _give(self, layer: Layer, e: int) -> None:
         layer.slots.give(layer.held.pop(e))
 
-    def _into(self, layer: Layer, e: int, slot: int, matrix: int | None = None) -> Fetch:
+    def _into(self, layer: Layer, e: int, slot: int, matrix: int | None = None, prefetch: bool = False) -> Fetch:
         which = (0, 1) if matrix is None else (matrix,)
         layer.inside[slot] = e
-        return fetch(self.reader, e, [(layer.sources[m], layer.matrix(m, slot)) for m in which])
+        return fetch(self.reader, e, [(layer.sources[m], layer.matrix(m, slot)) for m in which], prefetch)
 
 
 class _Call:
@@ -178,53 +339,16 @@ class _Call:
         return self.engine.run(self.layer, x_TD, dispatch, ids_TK)
 
 
-class _Wave:
-    """One experts call under way: what it loads into the cache, and what streams through the staging slots."""
-
-    def __init__(self, engine: Engine, layer: Layer, loads: list[int], streamed: set[int]) -> None:
-        self.engine, self.layer, self.streamed = engine, layer, streamed
-        self.free = engine._staging[layer.kind]
-        self.ahead = AHEAD_ASIDE if layer.aside else AHEAD
-        self.queue, self.coming = deque(loads), dict[int, Fetch]()
-        self._ask()
-
-    def _ask(self) -> None:
-        """Keep some loads in flight, in the order in which they will be computed."""
-        while self.queue and len(self.coming) < self.ahead:
-            e = self.queue.popleft()
-            self.coming[e] = self.engine._into(self.layer, e, self.layer.held[e])
-
-    def _arrived(self, e: int, fetched: Fetch) -> None:
-        self.engine._stats.stall_seconds += fetched.wait()
-        self.coming.pop(e, None)
-
-    def parts(self, spans: list[Span], matrix: int | None) -> Iterator[list[Span]]:
-        """See kernels/waves.py: the longest run of spans that is here, at least one, until all were given."""
-        queue = deque(e for e, _, _ in spans if e in self.streamed)
-        staged: dict[int, tuple[int, Fetch]] = {}
-        at = 0
-        while at < len(spans):
-            part: list[Span] = []
-            while at < len(spans):
-                self._ask()
-                while queue and self.free and len(staged) < self.ahead:
-                    e, slot = queue.popleft(), self.free.pop()
-                    staged[e] = slot, self.engine._into(self.layer, e, slot, matrix)
-                e, start, end = spans[at]
-                if e in self.streamed and e not in staged:
-                    break  # this part holds every staging slot: compute it first
-                fetched = staged[e][1] if e in staged else self.coming.get(e)
-                if fetched is not None:
-                    if part and not fetched.done:
-                        break  # compute what is here while it comes
-                    self._arrived(e, fetched)
-                part.append((staged[e][0] if e in staged else self.layer.held[e], start, end))
-                at += 1
-            assert part, f"{self.layer.block.name}: no room to stream through"
-            yield part
-            used = {slot for slot, _, _ in part}
-            for e in [e for e, (slot, _) in staged.items() if slot in used]:
-                self.free.append(staged.pop(e)[0])
+def reason_against(policy: Policy) -> str | None:
+    """Why a policy that was started cannot run live; None where it can."""
+    note, name = policy.state.note, policy.entry.name
+    if note[S.WHERE] == S.ON_CPU or (note[S.WHERE] in (S.CHEAPEST, S.MAKESPAN) and not note[S.MEASURED]):
+        return f"policy {name} runs experts on a host: streaming from disk has no other device"
+    if note[S.DENSE]:
+        return f"policy {name} moves experts that nobody chose: only the replay does that"
+    if note[S.SOURCE] in (S.TRUTH, S.PREDICTED):
+        return f"policy {name} knows or predicts routing before its layer runs: only the replay brings that"
+    return None
 
 
 def by_demand(experts: int, dispatch: Dispatch, ids_TK: Tensor | None) -> tuple[np.ndarray, np.ndarray]:

@@ -313,6 +313,14 @@ def arrived(c, l, e):
 
 
 @compiled
+def turn_back(c, l, e):
+    """A guess that was on its way will not come."""
+    if c.cell[S.RESIDENT, l, e] == S.COMING or c.cell[S.RESIDENT, l, e] == S.STAGING:
+        forget_guess(c, l, e, 0)
+        drop(c, l, e)
+
+
+@compiled
 def resize(c, slots_L):
     """Between passes, give every layer so many slots; what no longer fits leaves, worst first."""
     for l in range(c.layer.shape[1]):

@@ -219,6 +219,12 @@ class Policy:
 
         arrived(self.state, layer, expert)
 
+    def lost(self, layer: int, expert: int) -> None:
+        """A prefetched expert that was on its way will not come: its place is free again."""
+        from moesaic.trace.policies.cache import turn_back
+
+        turn_back(self.state, layer, expert)
+
     def share_out(self, demand_L: np.ndarray) -> None:
         """Between passes: give layers slots in proportion to what they are believed to use."""
         from moesaic.trace.policies.allocation import highest_averages
