@@ -72,3 +72,28 @@ def test_bad_input(moesaic, tiny_moe, tiny_data, tmp_path, arguments, words):
     result = moesaic("eval", *[names.get(a, a) for a in arguments])
     assert words in result.complaint
     assert result.out == ""
+
+
+def test_quantised_experts(moesaic, tiny_moe, tiny_data, tmp_path):
+    score = ("eval", tiny_moe, "--data", tiny_data, "--json", "--threads", 1, "--max-bytes", 400)
+    plain, int8, mixed = (
+        json.loads(moesaic(*score, *more).out)
+        for more in ((), ("--quantize", "int8:group=32"), ("--quantize", "mixed:high=8,low=2,share=0.5,group=32"))
+    )
+    assert "quantized" not in plain
+    assert int8["bits_per_byte"] == pytest.approx(plain["bits_per_byte"], rel=0.02)
+    assert int8["bits_per_byte"] != plain["bits_per_byte"]
+    held = mixed["quantized"]
+    assert held["importance"] == "this text"
+    assert held["experts_by_bits"].keys() == {"8", "2"}
+    assert held["expert_bytes"] < int8["quantized"]["expert_bytes"] < held["expert_bytes_before"]
+    trace = tmp_path / "text.moetrace"
+    assert moesaic("trace", tiny_moe, "--data", tiny_data, "-o", trace, "--max-bytes", 400, "--threads", 1).code == 0
+    traced = json.loads(moesaic(*score, "--quantize", "mixed:high=8,low=2,share=0.5,group=32", "--importance", trace).out)
+    assert traced["quantized"]["importance"] == str(trace)
+    assert traced["quantized"]["experts_by_bits"] == held["experts_by_bits"]
+
+
+def test_importance_goes_with_mixed_widths(moesaic, tiny_moe, tiny_data, tmp_path):
+    result = moesaic("eval", tiny_moe, "--data", tiny_data, "--quantize", "int4", "--importance", tmp_path / "x.moetrace")
+    assert "give --quantize mixed" in result.complaint

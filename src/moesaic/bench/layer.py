@@ -20,7 +20,7 @@ from moesaic.bench.routings import draw, shares
 from moesaic.bench.runner import interleave, relative_error, speedup, summary
 from moesaic.core.errors import BadInput
 from moesaic.core.routing import Dispatch
-from moesaic.kernels import dispatch_slots, expert_mlp, expert_mlp_stored, pack, quantize_bank
+from moesaic.kernels import QuantizedBank, dispatch_slots, expert_mlp, pack, quantize_bank
 from moesaic.kernels.packing import can_pack
 
 FRESH = 8
@@ -142,8 +142,8 @@ def _layers(
             x, dispatch_slots(experts, weights, E), gate_up, down, backend=backend, **how
         )
 
-    def stored(bank: Any) -> Layer:
-        return lambda x, experts, weights: expert_mlp_stored(x, dispatch_slots(experts, weights, E), bank)
+    def stored(bank: QuantizedBank) -> Layer:
+        return lambda x, experts, weights: bank.run(x, dispatch_slots(experts, weights, E))
 
     layers: dict[str, tuple[str, Layer]] = {}
     if plain in formats or not cpu:
@@ -233,7 +233,7 @@ def _flops(size: Sizes, train: bool) -> float:
 def floor(size: Sizes, hit: float, form: str, train: bool, profile: dict[str, Any]) -> dict[str, Any]:
     """The least time this machine allows: weights of the hit experts once and tokens in and out over its read bandwidth,
     or the arithmetic over its matmul peak. Training reads the weights twice and writes a gradient for every expert."""
-    width = {"fp32": 4, "bf16": 2, "int8": 1, "int4": 0.5 + 4 / 64}[form]
+    width = {"fp32": 4, "bf16": 2, "int8": 1 + 2 / 64, "int4": 0.5 + 2 / 64}[form]
     expert = 3 * size.D * size.I * width
     tokens = 2 * size.T * size.D * (4 if form == "fp32" else 2)
     moved = hit * expert + tokens

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -12,6 +13,7 @@ from moesaic.cli import options
 from moesaic.cli.common import Debug, Json, console, emit, progress_console, single
 from moesaic.cli.loading import open_model
 from moesaic.core.documents import read_documents, select
+from moesaic.core.errors import BadInput
 
 
 def evaluate(
@@ -23,6 +25,12 @@ def evaluate(
     batch_size: Annotated[int | None, typer.Option(help="Windows per forward pass; default: as many as fit 256 MB.")] = None,
     dtype: options.Dtype = "auto",
     experts: options.Experts = "moesaic",
+    quantize: Annotated[
+        str | None, typer.Option(help="Experts in few bits: int8, int4, int2, int4:group=32, mixed:high=8,low=4,share=0.25.")
+    ] = None,
+    importance: Annotated[
+        Path | None, typer.Option(help="For mixed: a .moetrace that tells how often experts are chosen; default: this text.")
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="With --max-bytes: sample documents with this seed.")] = None,
     compare_compressors: Annotated[bool, typer.Option(help="Also xz -9 and zstd -19 on each domain.")] = False,
     threads: options.Threads = None,
@@ -36,7 +44,13 @@ def evaluate(
 
     documents = select(read_documents(data), max_bytes, seed)
     options.use_threads(threads)
+    if importance is not None and (quantize is None or not quantize.startswith("mixed")):
+        raise BadInput("--importance says which experts get fewer bits: give --quantize mixed with it")
     loaded, tokenizer, _ = open_model(model, dtype, experts=experts, dense_ok=True, trust_remote_code=trust_remote_code)
+    dtype_name = str(next(loaded.parameters()).dtype).removeprefix("torch.")
+    quantized = None
+    if quantize is not None:
+        quantized = _quantize(loaded, tokenizer, quantize, importance, documents, context, batch_size)
     columns = (TextColumn("scoring"), BarColumn(), TextColumn("{task.completed:,.0f} / {task.total:,.0f} tokens"))
     with Progress(*columns, TimeRemainingColumn(), console=progress_console, transient=True) as bar:
         task = bar.add_task("scoring", total=1)
@@ -50,7 +64,9 @@ def evaluate(
             progress=lambda done, total: bar.update(task, completed=done, total=total),
         )
     result = bpb.report(model, scores)
-    result["dtype"] = str(next(loaded.parameters()).dtype).removeprefix("torch.")
+    result["dtype"] = dtype_name
+    if quantized is not None:
+        result["quantized"] = quantized
     result["context"], result["stride"] = bpb.check_sizes(loaded.config, context, stride)
     if compare_compressors:
         _add_compressors(result, scores)
@@ -63,6 +79,57 @@ def evaluate(
         emit(result)
     else:
         console.print(_table(result, compare_compressors))
+
+
+def _quantize(
+    model: Any,
+    tokenizer: Any,
+    recipe: str,
+    trace: Path | None,
+    documents: list[Any],
+    context: int | None,
+    batch_size: int | None,
+) -> dict[str, Any]:
+    """Replace the model's experts; what the JSON says about it."""
+    from moesaic.view.quantize import parse, quantize_experts
+
+    weights = None
+    if parse(recipe).mixed:
+        weights = _counts_of_trace(trace) if trace is not None else _counts_on(model, tokenizer, documents, context, batch_size)
+    made = quantize_experts(model, recipe, weights)
+    widths = [bits for layer in made.bits for bits in layer]
+    return {
+        "recipe": recipe,
+        "importance": str(trace) if trace is not None else "this text" if weights is not None else None,
+        "experts_by_bits": {str(bits): widths.count(bits) for bits in sorted(set(widths), reverse=True)},
+        "expert_bytes": made.nbytes,
+        "expert_bytes_before": made.stored_bytes,
+    }
+
+
+def _counts_of_trace(path: Path) -> list[Any]:
+    import torch
+
+    from moesaic.trace import open_trace
+    from moesaic.trace.statistics.counting import count
+
+    trace = open_trace(path)
+    counts_LE = torch.from_numpy(count(trace).counts_ULE.sum(0))
+    return [counts_LE[layer, :experts] for layer, experts in enumerate(trace.experts_L)]
+
+
+def _counts_on(model: Any, tokenizer: Any, documents: list[Any], context: int | None, batch_size: int | None) -> list[Any]:
+    from moesaic.evaluation import bits_per_byte as bpb
+    from moesaic.view.block import View
+    from moesaic.view.quantize import chosen_counts
+
+    counts, handles = chosen_counts(View(model))
+    try:
+        bpb.score_documents(model, tokenizer, documents, context=context, batch_size=batch_size)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return counts
 
 
 def _add_compressors(result: dict[str, Any], scores: dict[str, Any]) -> None:
@@ -78,7 +145,7 @@ def _add_compressors(result: dict[str, Any], scores: dict[str, Any]) -> None:
 
 
 def _table(result: dict[str, Any], compressors: bool) -> Table:
-    table = Table(title=f"{result['model']}: bits per byte, context {result['context']}, {result['dtype']}")
+    table = Table(title=f"{result['model']}: bits per byte, context {result['context']}, {_weights(result)}")
     table.add_column("domain")
     names = ["bits/byte", "perplexity", "tokens", "bytes", *(["xz -9", "zstd -19"] if compressors else [])]
     for name in names:
@@ -95,6 +162,14 @@ def _table(result: dict[str, Any], compressors: bool) -> Table:
     add("all (total bits / total bytes)", result, style="bold")
     table.add_row("mean over domains", _cell(result["mean_bits_per_byte"]))
     return table
+
+
+def _weights(result: dict[str, Any]) -> str:
+    held = result.get("quantized")
+    if held is None:
+        return str(result["dtype"])
+    share = held["expert_bytes"] / held["expert_bytes_before"]
+    return f"{result['dtype']}, experts {held['recipe']} ({share:.0%} of their bytes)"
 
 
 def _cell(value: float | int | None) -> str:

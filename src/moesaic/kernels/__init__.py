@@ -3,7 +3,7 @@
 from moesaic.kernels.dispatch import choose, expert_mlp, expert_mlp_slots, expert_mlp_stored, explain
 from moesaic.kernels.low_bits import Packing, Part, dequantize_matrix, parts, quantize_matrix, record_bytes
 from moesaic.kernels.packing import PackedBank, allow_packing, pack, packing_state
-from moesaic.kernels.quantized import QuantizedBank, quantize_bank
+from moesaic.kernels.quantized import QuantizedBank, QuantizedExpert, quantize_bank, run_quantized
 from moesaic.kernels.slots import dispatch_slots
 from moesaic.kernels.weights import Form, Weights
 
@@ -13,6 +13,7 @@ __all__ = [
     "Packing",
     "Part",
     "QuantizedBank",
+    "QuantizedExpert",
     "Weights",
     "allow_packing",
     "choose",
@@ -28,4 +29,5 @@ __all__ = [
     "quantize_bank",
     "quantize_matrix",
     "record_bytes",
+    "run_quantized",
 ]

@@ -1,7 +1,7 @@
 """The CPU path for inference: blocks of a few hundred pairs, weights read in the fastest form there is.
 
 Where the weights come from is a store: `Plain` reads the stacked tensors as they are, `PackedBank` (packing.py) holds
-oneDNN's own layout, `QuantizedBank` (quantized.py) int8 or int4. What makes it fast, by size:
+oneDNN's own layout. What makes it fast, by size:
 
 - few rows per expert: reading the weights is everything, hence one compiled pass (few_rows.py), or packing without it;
 - many rows in bf16 on a CPU with AVX-512's product of bf16 pairs: one compiled pass as well (many_rows.py), or:

@@ -118,7 +118,7 @@ def expert_mlp_stored(
     apply_gate: Callable[[Tensor], Tensor] | None = None,
     post: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
-    """Inference on a CPU from a store that has no stacked tensors: a packed bank whose source is gone, a quantised bank,
+    """Inference on a CPU from a store that has no stacked tensors: a packed bank whose source is gone,
     experts streamed from elsewhere (anything with `dtype`, `ready`, `first` and `second`, see `cpu.Store`)."""
     from moesaic.kernels.cpu import run
 

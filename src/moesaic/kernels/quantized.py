@@ -1,172 +1,281 @@
-"""Weight-only quantised experts on a CPU: int8 with one scale per output row, int4 with scale and zero per group.
+"""Experts in 8, 4 or 2 bits on a CPU, each at its own address and in its own width, computed from records as stored.
 
-Activations stay bf16, which is what PyTorch's kernels for these formats are fast in. At one row int4 reads a layer in
-0.4 of the time of packed bf16 and int8 in 0.8; at sixty rows both cost more than bf16, because every weight is widened
-again for every few rows. For int8 that is avoided: from LARGE_ROWS on the expert is widened once (int8 is exact in
-bf16) and its scale goes to the output. The twin: dequantise, then `reference`.
+A record is what low_bits.py describes; where it lies does not matter (a bank, a cache's slot, a mapped file). Three ways:
 
-Packed int4 is an opaque layout that depends on the CPU, so the tensors here are for this machine: save the
-dequantised weights, or quantise again.
+- few rows per expert: one pass compiled by Numba (compiled/codes.py) reads the codes once and multiplies them as integers
+  with activations of 16 bits (one scale per group of inputs: 5e-5 relative error, finer than the bf16 they come from);
+- many rows: some experts at a time are widened to bf16 in a scratch that stays in the cache (compiled/code_widen.py), and
+  many_rows.py multiplies them; the rounding to bf16 adds 0.2 % to an error of 0.6 % (8 bits) or more;
+- else (other forms than SwiGLU, widths the passes cannot take, other machines): one expert at a time is dequantised and
+  computed as in reference.py. That is the twin.
+
+Which one runs is decided by the whole dispatch and the expert's own record, never by the experts that happen to be there,
+and sums run in the order of spans: `add` in any number of calls gives the same bits.
+
+Shape legend: T tokens, S pairs, D model width, I inner width, H rows of gate and up.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
-from functools import lru_cache
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from itertools import groupby, pairwise
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
 from moesaic.core.errors import BadInput
-from moesaic.kernels.products import Span
+from moesaic.core.routing import Dispatch
+from moesaic.kernels import few_rows, many_rows
+from moesaic.kernels.low_bits import Packing, dequantize_matrix, part_offsets, quantize_matrix, record_bytes
+from moesaic.kernels.memory import prefer_huge_pages, scratch
+from moesaic.kernels.products import Span, hit_spans
+from moesaic.kernels.slots import bounds_of
+from moesaic.kernels.weights import Form, Weights
 
-LARGE_ROWS = 24
-"""Rows of one expert from which int8 widens the weight once (measured crossover between 16 and 64)."""
+FEW_ROWS = 8
+"""Pairs per hit expert up to which the integer pass is the faster one."""
 
-GROUP_SIZES = (32, 64, 128, 256)
+WIDE_BYTES = 16 << 20
+"""Experts widened at a time, in bf16: half of a third-level cache."""
 
-
-@dataclass
-class QuantizedMatrix:
-    """[E, B, A] weights in `bits`: `packed` [E, ...] as the kernel wants them, `scale` [E, B] (int8) or [E, A/g, B, 2]."""
-
-    bits: int
-    group_size: int
-    shape: tuple[int, ...]
-    packed: Tensor
-    scale: Tensor
-
-    @property
-    def nbytes(self) -> int:
-        return self.packed.nbytes + self.scale.nbytes
-
-    def product(self, rows_sA: Tensor, e: int) -> Tensor:
-        """rows @ weight[e].T in bf16."""
-        if self.bits == 4:
-            return torch.ops.aten._weight_int4pack_mm_for_cpu(rows_sA, self.packed[e], self.group_size, self.scale[e])
-        if rows_sA.shape[0] < LARGE_ROWS:
-            return torch.ops.aten._weight_int8pack_mm(rows_sA, self.packed[e], self.scale[e])
-        return linear(rows_sA, self.packed[e].to(rows_sA.dtype)).mul_(self.scale[e])
-
-    def dequantize(self, e: int) -> Tensor:
-        """The numbers the products use for expert e, fp32 [B, A]."""
-        if self.bits == 8:
-            return self.packed[e].float() * self.scale[e].float().unsqueeze(1)
-        levels_BA = _unpack_int4(self.packed[e], *self.shape[1:])
-        scale_BG, zero_BG = self.scale[e].float().permute(2, 1, 0)
-        grouped = (levels_BA.float() - 8).unflatten(1, (-1, self.group_size))
-        return (grouped * scale_BG.unsqueeze(2) + zero_BG.unsqueeze(2)).flatten(1)
+Shape = tuple[int, int]
 
 
-@dataclass
-class QuantizedBank:
-    """A bank of experts in int8 or int4: run it with `expert_mlp_stored(x, dispatch, bank)`."""
+@dataclass(frozen=True, eq=False)
+class QuantizedExpert:
+    """One expert's records, [H, D] and [D, I] in the orientation of the products, and how they are packed."""
 
-    bits: int
-    group_size: int
-    gate_up: QuantizedMatrix
-    down: QuantizedMatrix
-    dtype: torch.dtype = field(default=torch.bfloat16, init=False)
+    gate_up: Tensor
+    down: Tensor
+    gate_up_packing: Packing
+    down_packing: Packing
+    gate_up_shape: Shape
+    down_shape: Shape
 
-    @property
-    def num_experts(self) -> int:
-        return self.gate_up.shape[0]
+    def __post_init__(self) -> None:
+        for name, record, packing, shape in (
+            ("gate_up", self.gate_up, self.gate_up_packing, self.gate_up_shape),
+            ("down", self.down, self.down_packing, self.down_shape),
+        ):
+            size = record_bytes(packing, shape)
+            if record.dtype != torch.uint8 or record.numel() != size or not record.is_contiguous() or record.is_cuda:
+                raise BadInput(
+                    f"{name}: the record of a {shape[0]} x {shape[1]} matrix, {packing}, is {size} contiguous bytes (uint8) on "
+                    f"the CPU; got {record.dtype} {list(record.shape)} on {record.device}"
+                )
 
     @property
     def nbytes(self) -> int:
         return self.gate_up.nbytes + self.down.nbytes
 
+    def dequantize(self) -> tuple[Tensor, Tensor]:
+        """[H, D] and [D, I] in fp32."""
+        return (
+            dequantize_matrix(self.gate_up, self.gate_up_packing, self.gate_up_shape),
+            dequantize_matrix(self.down, self.down_packing, self.down_shape),
+        )
+
+    def matrices(self) -> Iterator[tuple[int, int, Packing, Shape]]:
+        """The address of the codes and of the scales, the packing and the shape, of gate_up and of down."""
+        yield *_addresses(self.gate_up, self.gate_up_packing, self.gate_up_shape), self.gate_up_packing, self.gate_up_shape
+        yield *_addresses(self.down, self.down_packing, self.down_shape), self.down_packing, self.down_shape
+
+
+def _addresses(record: Tensor, packing: Packing, shape: Shape) -> Shape:
+    start = record.data_ptr()
+    return start, start + part_offsets(packing, shape)[1]
+
+
+@dataclass(frozen=True, eq=False)
+class QuantizedBank:
+    """Experts in few bits, each with its own width; `records` holds them all."""
+
+    experts: tuple[QuantizedExpert, ...]
+    records: Tensor
+
+    @property
+    def num_experts(self) -> int:
+        return len(self.experts)
+
+    @property
+    def nbytes(self) -> int:
+        return self.records.nbytes
+
+    @property
+    def bits(self) -> tuple[int, ...]:
+        """Bits per weight of each expert, scales not counted."""
+        return tuple(expert.gate_up_packing.bits for expert in self.experts)
+
     def dequantize(self, e: int) -> tuple[Tensor, Tensor]:
-        """Expert e's [H, D] and [D, I] in fp32, exactly as the products see them."""
-        return self.gate_up.dequantize(e), self.down.dequantize(e)
+        """Expert e's [H, D] and [D, I] in fp32."""
+        return self.experts[e].dequantize()
 
-    def ready(self, experts: Iterable[int]) -> None:
-        pass
-
-    def first(self, x_sD: Tensor, spans: list[Span]) -> Tensor:
-        return _products(x_sD, self.gate_up.product, spans)
-
-    def second(self, a_sI: Tensor, spans: list[Span]) -> Tensor:
-        return _products(a_sI, self.down.product, spans)
+    def run(self, x_TD: Tensor, dispatch: Dispatch, form: Form | None = None) -> Tensor:
+        """y [T, D] in x's dtype."""
+        return run_quantized(x_TD, dispatch, dict(enumerate(self.experts)), form)
 
 
 def quantize_bank(
-    gate_up: Tensor, down: Tensor, bits: int = 4, group_size: int = 64, *, transposed: bool = False
+    gate_up: Tensor, down: Tensor, bits: int | Sequence[int] = 4, group_size: int = 64, *, transposed: bool = False
 ) -> QuantizedBank:
-    """Round a bank's weights to `bits` (8 or 4), expert by expert. `group_size` counts inputs that share a scale (int4).
+    """Round a bank's weights, expert by expert, into one stretch of memory. `bits` may name a width per expert.
 
-    Raises BadInput for other bits, for weights that are not on the CPU, and for widths that int4 cannot hold.
+    gate_up [E, H, D] and down [E, D, I], or [E, D, H] and [E, I, D] if transposed. Raises BadInput for other widths or group
+    sizes, a list of another length, and weights that quantize_matrix refuses.
     """
-    if bits not in (4, 8):
-        raise BadInput(f"{bits} bits: this kernel knows 8 and 4")
-    if gate_up.device.type != "cpu" or down.device.type != "cpu":
-        raise BadInput("quantised products run on the CPU: move the weights there first")
-    make = _quantize_int8 if bits == 8 else _quantize_int4
-    matrices = [make(w.detach().transpose(1, 2) if transposed else w.detach(), group_size) for w in (gate_up, down)]
-    return QuantizedBank(bits, group_size if bits == 4 else 0, *matrices)
+    E = gate_up.shape[0]
+    widths = [bits] * E if isinstance(bits, int) else list(bits)
+    if len(widths) != E or down.shape[0] != E:
+        raise BadInput(f"{len(widths)} widths and {down.shape[0]} down matrices for {E} experts: one each")
+    gate_up, down = ((w.transpose(1, 2) if transposed else w).detach() for w in (gate_up, down))
+    shapes: tuple[Shape, Shape] = (gate_up.shape[1], gate_up.shape[2]), (down.shape[1], down.shape[2])
+    packings = [Packing(width, group_size) for width in widths]
+    sizes = [record_bytes(packing, shape) for packing in packings for shape in shapes]
+    records = prefer_huge_pages(torch.empty(sum(sizes), dtype=torch.uint8))
+    places = iter(records.split(sizes))
+    experts = []
+    for e, packing in enumerate(packings):
+        held = [next(places).copy_(quantize_matrix(weight[e], packing)) for weight in (gate_up, down)]
+        experts.append(QuantizedExpert(held[0], held[1], packing, packing, *shapes))
+    return QuantizedBank(tuple(experts), records)
 
 
-def _quantize_int8(weight_EBA: Tensor, _: int) -> QuantizedMatrix:
-    packed = torch.empty(weight_EBA.shape, dtype=torch.int8)
-    scale = torch.empty(weight_EBA.shape[:2], dtype=torch.bfloat16)
-    for e, weight_BA in enumerate(weight_EBA):
-        wide_BA = weight_BA.float()
-        # The scale is rounded first and the levels chosen for the rounded one: what is stored is what is multiplied.
-        scale[e] = (wide_BA.abs().amax(1) / 127).clamp_(min=1e-30)
-        packed[e] = (wide_BA / scale[e].float().unsqueeze(1)).round_().clamp_(-127, 127)
-    return QuantizedMatrix(8, 0, tuple(weight_EBA.shape), packed, scale)
+def run_quantized(x_TD: Tensor, dispatch: Dispatch, experts: Mapping[int, QuantizedExpert], form: Form | None = None) -> Tensor:
+    """y [T, D] in x's dtype; no gradients. Only experts that own pairs are looked up."""
+    y_TD = torch.zeros(x_TD.shape, dtype=torch.float32)
+    add(x_TD, dispatch, experts, hit_spans(bounds_of(dispatch)), y_TD, form)
+    return y_TD.to(x_TD.dtype)
 
 
-def _quantize_int4(weight_EBA: Tensor, group_size: int) -> QuantizedMatrix:
-    experts, rows, columns = weight_EBA.shape
-    if group_size not in GROUP_SIZES or columns % group_size or rows % 16:
-        raise BadInput(
-            f"int4 holds [B, A] matrices with B a multiple of 16 and A of the group size (one of {GROUP_SIZES}); "
-            f"got {rows} x {columns} with groups of {group_size}"
+def add(
+    x_TD: Tensor,
+    dispatch: Dispatch,
+    experts: Mapping[int, QuantizedExpert],
+    spans: list[Span],
+    y_TD: Tensor,
+    form: Form | None = None,
+) -> None:
+    """Add these spans' weighted outputs to y (fp32). Spans one after another, in however many calls, give the same bits.
+
+    Raises BadInput for gradients, other devices, and records whose widths do not fit x.
+    """
+    if x_TD.device.type != "cpu" or (torch.is_grad_enabled() and x_TD.requires_grad):
+        raise BadInput("quantised experts compute on the CPU and have no backward: run the model under torch.no_grad()")
+    form = form or Form()
+    for e, _, _ in spans:
+        if experts[e].gate_up_shape[1] != x_TD.shape[1]:
+            raise BadInput(f"x is {list(x_TD.shape)} but expert {e} reads inputs of width {experts[e].gate_up_shape[1]}")
+    compiled = _few if _is_few(dispatch) else _many
+    with torch.no_grad(), torch.autocast("cpu", enabled=False):
+        ways = groupby(spans, lambda span: compiled if _suits(compiled, experts[span[0]], form) else _plain)
+        for way, some in ways:
+            way(x_TD, dispatch, experts, list(some), y_TD, form)
+
+
+Way = Callable[[Tensor, Dispatch, Mapping[int, QuantizedExpert], list[Span], Tensor, Form], None]
+
+
+def _is_few(dispatch: Dispatch) -> bool:
+    """Whether the whole dispatch has so few rows per hit expert that reading weights is what counts."""
+    bounds = bounds_of(dispatch)
+    hit = sum(low < high for low, high in pairwise(bounds))
+    return bounds[-1] <= FEW_ROWS * hit
+
+
+@cache
+def available() -> bool:
+    """Whether Numba and this CPU's instructions allow the integer pass."""
+    if not few_rows.available():
+        return False
+    import numba
+    from llvmlite.binding import get_host_cpu_features
+
+    host = get_host_cpu_features()
+    elsewhere = numba.config.CPU_NAME or numba.config.CPU_FEATURES  # Numba was told to compile for another machine
+    return all(host.get(name) for name in ("avx512vnni", "avx512bw", "avx512vl", "fma")) and not elsewhere
+
+
+def _suits(way: Way, expert: QuantizedExpert, form: Form) -> bool:
+    """Whether a compiled pass can take this expert."""
+    (D, inner), H = expert.down_shape, expert.gate_up_shape[0]
+    if not form.swiglu or form.gate_up_bias_EH is not None or form.down_bias_ED is not None or 2 * inner != H:
+        return False
+    if way is _many:
+        return D % many_rows.MULTIPLE == inner % many_rows.MULTIPLE == 0 and available() and many_rows.available()
+    units = 256 // expert.gate_up_packing.bits, 256 // expert.down_packing.bits
+    return D % units[0] == inner % units[1] == D % 4 == 0 and available()
+
+
+def _few(x_TD, dispatch, experts, spans, y_TD, form) -> None:
+    from moesaic.kernels.compiled import codes, pool
+
+    cores = pool.join()
+    forms: dict[Packing, int] = {}
+    table, inner = [], 0
+    for e, _, _ in spans:
+        row, packings = [], []
+        for code_at, scale_at, packing, _ in experts[e].matrices():
+            row += [code_at, scale_at]
+            packings.append(forms.setdefault(packing, len(forms)))
+        table.append(row + packings)
+        inner = max(inner, experts[e].down_shape[1])
+    first, pairs = spans[0][1], spans[-1][2] - spans[0][1]
+    x_words = sum(x_TD.shape[0] * codes.row_bytes(x_TD.shape[1], packing.bits) for packing in forms) // 2
+    a_stride = max(codes.row_bytes(inner, experts[e].down_packing.bits) for e, _, _ in spans)
+    codes.swiglu(
+        x_TD.detach().float().contiguous().numpy(),
+        torch.tensor([(e, start - first, end - first) for e, start, end in spans]).numpy(),
+        dispatch.token_S[first : first + pairs].numpy(),
+        dispatch.weight_S[first : first + pairs].detach().float().numpy(),
+        torch.tensor(table).numpy(),
+        torch.tensor([_form_row(packing) for packing in forms]).numpy(),
+        scratch("codes_x", 1, x_words, torch.int16)[0].numpy(),
+        scratch("codes_prepared", 1, pairs * a_stride // 2, torch.int16)[0].numpy(),
+        a_stride,
+        scratch("codes_a", pairs, inner, torch.float32).numpy(),
+        y_TD.numpy(),
+        cores,
+    )
+
+
+@cache
+def _form_row(packing: Packing) -> tuple[int, int, int, int]:
+    from moesaic.kernels.compiled.code_dot import KINDS
+
+    unit = 256 // packing.bits
+    shift = max(0, (packing.group_size // unit).bit_length() - 1)
+    return KINDS.index((packing.bits, max(1, unit // packing.group_size))), packing.bits, packing.group_size, shift
+
+
+def _many(x_TD, dispatch, experts, spans, y_TD, form) -> None:
+    from moesaic.kernels.compiled import pool
+    from moesaic.kernels.compiled.code_widen import widen
+
+    (H, D), (_, inner) = experts[spans[0][0]].gate_up_shape, experts[spans[0][0]].down_shape
+    at_once = max(1, WIDE_BYTES // (2 * (H * D + D * inner)))
+    gate_up = scratch("codes_gate_up", at_once * H, D, torch.bfloat16).view(at_once, H, D)
+    down = scratch("codes_down", at_once * D, inner, torch.bfloat16).view(at_once, D, inner)
+    for low in range(0, len(spans), at_once):
+        here, table = spans[low : low + at_once], []
+        for slot, (e, _, _) in enumerate(here):
+            for out, (code_at, scale_at, packing, shape) in zip((gate_up, down), experts[e].matrices(), strict=True):
+                table.append((code_at, scale_at, out[slot].data_ptr(), *shape, packing.bits, packing.group_size))
+        widen(torch.tensor(table).numpy(), pool.join())
+        placed = [(slot, start, end) for slot, (_, start, end) in enumerate(here)]
+        many_rows.add(x_TD, dispatch, Weights(gate_up, down), placed, y_TD)
+
+
+def _plain(x_TD, dispatch, experts, spans, y_TD, form) -> None:
+    """The twin: one expert at a time as in reference.py, from its dequantised weights in x's dtype."""
+    for e, start, end in spans:
+        token_s, weight_s = dispatch.token_S[start:end], dispatch.weight_S[start:end].detach().float()
+        gate_up, down = (weight.to(x_TD.dtype) for weight in experts[e].dequantize())
+        gate_up_bias, down_bias = (
+            None if b is None else b[e].to(x_TD.dtype) for b in (form.gate_up_bias_EH, form.down_bias_ED)
         )
-    scale = torch.empty(experts, columns // group_size, rows, 2, dtype=torch.bfloat16)
-    packed = []
-    for e, weight_BA in enumerate(weight_EBA):
-        wide_BGg = weight_BA.float().unflatten(1, (-1, group_size))
-        low_BG, high_BG = wide_BGg.amin(2), wide_BGg.amax(2)
-        step_BG = ((high_BG - low_BG) / 15).clamp_(min=1e-8).bfloat16()
-        zero_BG = (low_BG + 8 * step_BG.float()).bfloat16()
-        levels = ((wide_BGg - zero_BG.float().unsqueeze(2)) / step_BG.float().unsqueeze(2)).round_().add_(8).clamp_(0, 15)
-        scale[e] = torch.stack([step_BG, zero_BG], 2).transpose(0, 1)
-        packed.append(_pack_int4(levels.flatten(1).int()))
-    return QuantizedMatrix(4, group_size, (experts, rows, columns), torch.stack(packed), scale)
-
-
-def _pack_int4(levels_BA: Tensor) -> Tensor:
-    # The second argument is the CUDA layout's; the CPU ignores it.
-    return torch.ops.aten._convert_weight_to_int4pack_for_cpu(levels_BA.contiguous(), 1)
-
-
-def _nibbles(packed: Tensor) -> Tensor:
-    flat = packed.reshape(-1)
-    return torch.stack([flat & 15, flat >> 4], 1).reshape(-1)
-
-
-@lru_cache(maxsize=8)
-def _nibble_places(rows: int, columns: int) -> Tensor:
-    """Where the layout puts each level: packed nibble n holds element places[n]. Learnt by packing the digits of every
-    element's own index, so it holds for whatever layout this CPU uses."""
-    index = torch.arange(rows * columns).reshape(rows, columns)
-    places, shift = torch.zeros(rows * columns, dtype=torch.int64), 0
-    while (rows * columns - 1) >> shift:
-        places |= _nibbles(_pack_int4(((index >> shift) & 15).int())).long() << shift
-        shift += 4
-    return places
-
-
-def _unpack_int4(packed: Tensor, rows: int, columns: int) -> Tensor:
-    levels = torch.empty(rows * columns, dtype=torch.uint8)
-    levels[_nibble_places(rows, columns)] = _nibbles(packed)
-    return levels.reshape(rows, columns)
-
-
-def _products(rows_sA: Tensor, product: Callable[[Tensor, int], Tensor], spans: list[Span]) -> Tensor:
-    rows = rows_sA.split([end - start for _, start, end in spans])
-    return torch.cat([product(r, e) for (e, _, _), r in zip(spans, rows, strict=True)])
+        y_sD = linear(form.activate(linear(x_TD[token_s], gate_up, gate_up_bias)), down, down_bias)
+        y_sD = (y_sD if form.post is None else form.post(y_sD)).float()
+        y_TD.index_add_(0, token_s, y_sD * weight_s.unsqueeze(1))
