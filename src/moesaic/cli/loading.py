@@ -62,6 +62,9 @@ def streaming(
     page_cache: str,
     experts: str = "moesaic",
     others: dict[str, bool] | None = None,
+    *,
+    lossy: str | None = None,
+    prefetch_bytes: str | None = None,
 ) -> dict[str, Any] | None:
     """How to stream, None where the model is to be loaded whole. `others`: options that only streaming has, and whether given.
 
@@ -71,6 +74,7 @@ def streaming(
         raise BadInput(f"give --memory {memory} or --resident {resident:g}, not both")
     if memory is None and resident is None:
         given = {"--policy": policy != "lru", "--page-cache": page_cache != "direct", **(others or {})}
+        given |= {"--lossy": lossy is not None, "--prefetch-bytes": prefetch_bytes is not None}
         for option, is_given in given.items():
             if is_given:
                 raise BadInput(f"{option} is about experts on disk: give --memory or --resident with it")
@@ -81,9 +85,15 @@ def streaming(
         raise BadInput(f"--page-cache {page_cache!r}: one of direct, keep, drop")
     if resident is not None and not 0 < resident <= 1:
         raise BadInput(f"--resident {resident:g}: give a share above 0, at most 1")
-    if memory is not None:
-        from moesaic.core.sizes import parse_bytes
+    from moesaic.core.sizes import parse_bytes
 
-        if parse_bytes(memory, "--memory") <= 0:
-            raise BadInput(f"--memory {memory}: give more than 0 bytes")
-    return {"memory": memory, "resident": resident, "policy": policy, "page_cache": page_cache}
+    if memory is not None and parse_bytes(memory, "--memory") <= 0:
+        raise BadInput(f"--memory {memory}: give more than 0 bytes")
+    return {
+        "memory": memory,
+        "resident": resident,
+        "policy": policy,
+        "page_cache": page_cache,
+        "lossy": lossy,
+        "prefetch_bytes": None if prefetch_bytes is None else parse_bytes(prefetch_bytes, "--prefetch-bytes"),
+    }

@@ -28,6 +28,17 @@ PageCache = Annotated[
     str, typer.Option(help="direct: read past the kernel's page cache; keep: fill it; drop: read through, then empty it.")
 ]
 
+PrefetchBytes = Annotated[
+    str | None, typer.Option(help="What a policy that guesses may read ahead in one pass; default: one token's experts.")
+]
+Lossy = Annotated[
+    str | None,
+    typer.Option(help="Read less by changing the output: skip:threshold=0.1, substitute:first=2+among=12, defer:experts=2."),
+]
+Tune = Annotated[
+    bool, typer.Option("--tune", help="First replay this text over every policy that can run, then run with the best.")
+]
+
 
 def check_text(data: str, max_bytes: int | None, batch_size: int | None, threads: int | None) -> None:
     """Raises BadInput where a command that reads a text got none, or a count below 1."""

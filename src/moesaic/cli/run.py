@@ -38,7 +38,15 @@ def run(
     resident: options.Resident = None,
     policy: options.StreamPolicy = "lru",
     page_cache: options.PageCache = "direct",
-    verify: Annotated[bool, typer.Option("--verify", help="Run the resident model too, and compare the logits.")] = False,
+    prefetch_bytes: options.PrefetchBytes = None,
+    lossy: options.Lossy = None,
+    tune: options.Tune = False,
+    data: Annotated[
+        str | None, typer.Option(help="Text for --tune, and for --verify of a lossy mode; default: the prompt.")
+    ] = None,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Run the resident model too and compare; of a lossy mode, measure the loss.")
+    ] = False,
     threads: options.ChosenThreads = None,
     page: Annotated[Path, typer.Option(help="Where the HTML page goes.")] = Path(PAGE),
     no_page: Annotated[bool, typer.Option("--no-page", help="Write no page.")] = False,
@@ -50,7 +58,14 @@ def run(
     """Generate text, stream it, and show which experts did the work; a page with the details is written beside."""
     if threads is not None and threads < 1:
         raise BadInput(f"--threads {threads}: must be at least 1")
-    streams = streaming(memory, resident, policy, page_cache, experts, {"--verify": verify})
+    streams = streaming(
+        memory, resident, policy, page_cache, experts, {"--verify": verify, "--tune": tune, "--data": data is not None},
+        lossy=lossy, prefetch_bytes=prefetch_bytes,
+    )  # fmt: skip
+    if data is not None and not (tune or (verify and lossy)):
+        raise BadInput(f"--data {data} is what --tune replays and --verify of a lossy mode reads: give one of them with it")
+    if tune and policy != "lru":
+        raise BadInput(f"--tune chooses the policy: leave --policy {policy} out")
     text = None if interactive and prompt is None and prompt_file is None else _prompt(prompt, prompt_file)
     target = None if no_page else page
     if target is not None:
@@ -62,12 +77,20 @@ def run(
 
     sampling = Sampling(max_new_tokens, temperature, top_k, top_p, repetition_penalty, seed)
     out = progress_console if json else console
-    streamed = None
+    streamed = found = None
+    if tune:
+        from moesaic.cli.tune import tuned
+
+        assert streams is not None
+        if text is None and data is None:
+            raise BadInput("--tune reads a text: give a prompt, or --data FILE")
+        streams, found = tuned(model, dtype, streams, out, text, data, trust_remote_code)
     if streams is None:
         opened = open_model(model, dtype, experts=experts, dense_ok=dense_ok, trust_remote_code=trust_remote_code)
     else:
         opened, streamed = open_streamed(model, dtype, trust_remote_code=trust_remote_code, **streams)
     live = session.Session(model, opened, sampling, out, None if json else sys.stdout, threads, streamed)
+    live.tuned = found
     live.show_facts()
     if interactive:
         _chat(live, text)
@@ -79,7 +102,7 @@ def run(
         return
     live.show_table()
     if verify:
-        live.verify(trust_remote_code)
+        live.verify(trust_remote_code, data)
     try:
         written = live.write_page(target, _command(model, live, seed)) if target is not None else None
     except MoesaicError as error:

@@ -47,6 +47,10 @@ class Session:
         except NotMoE:
             self.recorder = None
         self.streamed = streamed
+        self.lossy = None if streamed is None or streamed.engine.exact else streamed.engine.lossy
+        self.facts["exact"] = self.facts["exact"] and self.lossy is None
+        self.loss: dict[str, Any] = {}
+        self.tuned: dict[str, Any] | None = None
         self.verified: dict[str, bool] | None = None
         self.streaming: dict[str, Any] = {}
         self.turn: Generation | None = None
@@ -122,7 +126,12 @@ class Session:
             table.add_row("kernels", f"{kernel['backend']}: {kernel['reason']}")
         if facts["device"] == "cpu":
             table.add_row("threads", f"{facts['threads']}: {self.why_threads}")
-        table.add_row("exact", "yes: the weights as stored" if facts["exact"] else "no: weights rounded to a narrower dtype")
+        if self.lossy is not None:
+            table.add_row("exact", f"[yellow]no: {escape(str(self.lossy))} changes which experts run[/yellow]")
+        else:
+            table.add_row(
+                "exact", "yes: the weights as stored" if facts["exact"] else "no: weights rounded to a narrower dtype"
+            )
         self.out.print(table)
 
     def show_prompt(self, text: str) -> None:
@@ -161,10 +170,14 @@ class Session:
         self.out.print()
         self.out.print(load)
 
-    def verify(self, trust_remote_code: bool = False) -> None:
-        """Run the resident model on the same text and say whether logits and tokens are the same."""
+    def verify(self, trust_remote_code: bool = False, data: str | None = None) -> None:
+        """Run the resident model on the same text and say whether logits and tokens are the same; of a lossy mode, how far
+        it is from exact routing on that text, or on `data`."""
         turn, streamed = self.turn, self.streamed
         assert turn is not None
+        if self.lossy is not None:
+            self._measure_loss(data)
+            return
         ids = [*turn.prompt_ids, *turn.new_ids]
         resident = open_model(
             self.name, str(streamed.model.dtype).removeprefix("torch."), trust_remote_code=trust_remote_code
@@ -179,6 +192,26 @@ class Session:
             said = "[green]equal[/green]" if equal else "[red]differ[/red]"
             self.out.print(f"{what} of the streamed and the resident model: {said}")
 
+    def _measure_loss(self, data: str | None) -> None:
+        from moesaic.core.documents import read_documents
+        from moesaic.serving.streamed.loss import measure
+        from moesaic.trace import corpus
+
+        assert self.turn is not None
+        texts = [[*self.turn.prompt_ids, *self.turn.new_ids]]
+        if data is not None:
+            context = corpus.context_of(self.model.config, None)
+            texts = [piece.ids for piece in corpus.pieces(read_documents(data), self.tokenizer, context)]
+        self.loss = measure(self.streamed, texts).row()
+        row = self.loss
+        self.out.print(
+            f"{escape(str(self.lossy))} against exact routing, {row['loss_tokens']:,} tokens, one per pass: "
+            f"KL {row['kl_nats_per_token']:.4f} nats per token, {row['bits_per_byte']:.4f} bits per byte "
+            f"({row['bits_per_byte_difference']:+.4f}), {row['overlap']:.1%} of the routers' choices ran, "
+            f"hit rate {row['lossy_hit_rate']:.1%} (exact {row['exact_hit_rate']:.1%})",
+            highlight=False,
+        )
+
     def _show_streaming(self) -> None:
         row = self.streaming
         table = Table(box=None, padding=(0, 2, 0, 0))
@@ -191,6 +224,15 @@ class Session:
         )  # fmt: skip
         self.out.print()
         self.out.print(table)
+        if row["prefetched_bytes"]:
+            self.out.print(
+                f"read ahead {size(row['prefetched_bytes'])}: used {size(row['prefetch_used_bytes'])}, "
+                f"in vain {size(row['prefetch_wasted_bytes'])}; {row['late']} came late"
+            )
+        if self.lossy is not None:
+            self.out.print(
+                f"[yellow]not exact: {escape(str(self.lossy))}; {row['overlap']:.1%} of the routers' choices ran[/yellow]"
+            )
 
     def result(self, page: Path | None) -> dict[str, Any]:
         """The command's JSON object."""
@@ -215,6 +257,8 @@ class Session:
             "page": None if page is None else str(page),
             **self.streaming,
             **(self.verified or {}),
+            **self.loss,
+            **({} if self.tuned is None else {"tune": self.tuned}),
             **({"turns": self.turns} if self.turns else {}),
         }
 
@@ -245,7 +289,7 @@ class Session:
             routed=min((layer.experts_TK.shape[0] for layer in self.usage), default=0),
             layers=[_layer(layer) for layer in self.usage],
             marks=[(0, "prompt"), (len(turn.prompt_ids), "answer")],
-            made=_made(self.sampling, kernels, facts["exact"]),
+            made=_made(self.sampling, kernels, facts["exact"], self.lossy),
             command=command,
         )
         written = write_atomically(path, page.html())
@@ -276,12 +320,15 @@ def _beside(facts: dict[str, Any]) -> str:
     return f"of {size(facts['total_bytes'])}{packed}, {facts['dtype']}"
 
 
-def _made(sampling: Sampling, kernels: str, exact: bool) -> str:
+def _made(sampling: Sampling, kernels: str, exact: bool, lossy: Any = None) -> str:
     drawn = "the most likely token each time" if sampling.temperature == 0 else f"temperature {sampling.temperature:g}"
     parts = [f"moesaic {__version__}; {drawn}, seed {sampling.seed}"]
     if kernels:
         parts.append(f"kernels: {kernels}")
-    parts.append("weights as stored" if exact else "weights rounded to a narrower dtype: not exact")
+    if lossy is not None:
+        parts.append(f"{lossy} changed which experts ran: not exact")
+    else:
+        parts.append("weights as stored" if exact else "weights rounded to a narrower dtype: not exact")
     return ". ".join(parts) + "."
 
 

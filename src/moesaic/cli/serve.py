@@ -46,6 +46,10 @@ def serve(
     resident: options.Resident = None,
     policy: options.StreamPolicy = "lru",
     page_cache: options.PageCache = "direct",
+    prefetch_bytes: options.PrefetchBytes = None,
+    lossy: options.Lossy = None,
+    tune: options.Tune = False,
+    data: Annotated[str | None, typer.Option(help="The text that --tune replays.")] = None,
     threads: options.ChosenThreads = None,
     dense_ok: Annotated[bool, typer.Option(help="Serve a model without experts anyway.")] = False,
     trust_remote_code: options.TrustRemoteCode = False,
@@ -59,7 +63,12 @@ def serve(
         raise BadInput(f"--max-context {max_context}: must be at least 2 (a token of prompt, a token of answer)")
     if not 0 <= grace < float("inf"):
         raise BadInput(f"--grace {grace}: must be 0 or more")
-    streams = streaming(memory, resident, policy, page_cache, experts)
+    streams = streaming(
+        memory, resident, policy, page_cache, experts, {"--tune": tune, "--data": data is not None}, lossy=lossy,
+        prefetch_bytes=prefetch_bytes,
+    )  # fmt: skip
+    if tune != (data is not None) or (tune and policy != "lru"):
+        raise BadInput("--tune chooses the policy for the text of --data FILE: give both, and no --policy")
     if streams is not None and device not in (None, "cpu"):
         raise BadInput(f"--device {device}: experts stream to the CPU only so far")
     keys = _keys(api_key, api_key_file)
@@ -69,8 +78,14 @@ def serve(
     from moesaic.serving.http.server import listen
 
     bound = listen(host, port)  # a port that is taken is known before minutes of loading
+    if tune:
+        from moesaic.cli.tune import tuned
+
+        assert streams is not None
+        streams, _ = tuned(model, dtype, streams, progress_console, None, data, trust_remote_code)
+    streamed = None
     if streams is not None:
-        opened, _ = open_streamed(model, dtype, trust_remote_code=trust_remote_code, **streams)
+        opened, streamed = open_streamed(model, dtype, trust_remote_code=trust_remote_code, **streams)
     else:
         opened = open_model(model, dtype, experts=experts, dense_ok=dense_ok, trust_remote_code=trust_remote_code)
         if device is not None:
@@ -87,7 +102,7 @@ def serve(
         bound=bound,
         keys=keys,
         engine={"max_rows": max_rows, "max_waiting": max_waiting, "max_context": max_context, "alone": alone},
-        packs=streams is None,
+        streamed=streamed,
         threads=threads,
         max_body=max_body,
         timeout=timeout,
@@ -107,7 +122,7 @@ def run(
     bound: Any,
     keys: list[str],
     engine: dict[str, Any],
-    packs: bool = True,
+    streamed: Any = None,
     threads: int | None,
     max_body: int,
     timeout: float,
@@ -116,7 +131,7 @@ def run(
     access_log: bool,
     json: bool,
 ) -> None:
-    """Serve a loaded model, wherever it came from, until a signal. `packs`: its experts may get packed copies."""
+    """Serve a loaded model, wherever it came from, until a signal. `streamed`: what serves its experts from disk."""
     import torch
 
     from moesaic.serving.describe import allow_packing, choose_threads, describe
@@ -125,9 +140,13 @@ def run(
     from moesaic.serving.http.server import Server, serve
     from moesaic.serving.http.service import Service
 
-    if packs:
+    if streamed is None:
         allow_packing(model)
     facts = describe(model, source)
+    if streamed is not None and streamed.engine.lossy is not None:
+        mode = streamed.engine.lossy
+        facts["exact"] = facts["exact"] and streamed.engine.exact
+        facts["lossy"] = {"mode": mode.entry.name, "options": mode.options}
     facts["threads"], why = choose_threads(facts, threads)
     made = Engine(model, tokenizer, threads=torch.get_num_threads(), **engine)
     service = Service(made, names, timeout, write_timeout, facts)
@@ -148,6 +167,8 @@ def run(
         if facts["layers"]:
             shape = f"{facts['layers']} MoE layers of {facts['experts']} experts, top {facts['top_k']}"
             out.print(f"[dim]{shape}; {facts['dtype']} on {facts['device']}, threads {facts['threads']} ({why})[/dim]")
+        if "lossy" in facts and not facts["exact"]:
+            out.print(f"[yellow]not exact: {streamed.engine.lossy} changes which experts run[/yellow]")
         if not keys and address not in ("127.0.0.1", "::1"):
             out.print("[yellow]no --api-key: everyone who reaches this address can use it[/yellow]")
 

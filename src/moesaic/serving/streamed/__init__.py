@@ -89,8 +89,9 @@ def load_streamed(
     mode = sweep.build(lossy, "lossy", "--lossy") if isinstance(lossy, str) else lossy
     unmet = sorted(built.needs - GIVEN)
     if unmet:
-        why = "; ".join(WHY_NOT.get(need, "a running model does not give it") for need in unmet)
-        raise MissingNeed(f"policy {built.entry.name} needs {', '.join(unmet)} ({why}): replay it")
+        why = "; ".join(WHY_NOT.get(need, "nothing brings it") for need in unmet)
+        needs = ", ".join(unmet)
+        raise MissingNeed(f"policy {built.entry.name} needs {needs}, which a running model does not give ({why}): replay it")
     if not built.exact:
         raise BadInput(f"policy {built.entry.name} changes the model, which must be trained for it: replay it")
     if history is not None and built.learns:

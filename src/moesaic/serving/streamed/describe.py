@@ -40,7 +40,6 @@ def lossy_facts(engine: Engine) -> dict[str, Any]:
         return {}
     stats = engine.stats
     return {
-        "exact": engine.exact,
         "lossy": {"mode": engine.lossy.entry.name, "options": engine.lossy.options},
         "overlap": stats.overlap,
         "deferred": stats.deferred,
