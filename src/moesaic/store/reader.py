@@ -169,7 +169,7 @@ class Reader:
         """
         ticket = Ticket(self)
         ticket._urgent = not prefetch
-        for source, tensor in pieces:
+        for source, tensor in sorted(pieces, key=lambda piece: (piece[0].path, piece[0].start)):
             target = _bytes_of(tensor)
             if target.nbytes != source.nbytes:
                 raise BadInput(f"{source.name}: {source.nbytes} bytes do not fit a tensor of {target.nbytes}")

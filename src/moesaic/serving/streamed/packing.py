@@ -25,7 +25,7 @@ from moesaic.serving.streamed.fetch import Fetch, fetch
 from moesaic.serving.streamed.load import Survey, survey
 from moesaic.serving.streamed.packed_sources import PackedSource, Sourced
 from moesaic.store import Range, Reader, Table
-from moesaic.store.packed import QUANTISED, Block, Contents
+from moesaic.store.packed import QUANTISED, RECORD, Block, Contents
 from moesaic.store.record_writer import Place, RecordWriter
 from moesaic.store.writing import MOST_BYTES, copy_tensors, settle
 from moesaic.view import View, resolve_model
@@ -197,21 +197,24 @@ def pack(
 def _write_experts(plan: Plan, reader: Reader, writer: RecordWriter, step: Callable[[int], None]) -> None:
     """Read some experts ahead, and write them in order."""
     coming: deque[tuple[Place, torch.Tensor, Fetch]] = deque()
+    spare: dict[int, list[torch.Tensor]] = {}  # rooms are used again: fresh ones of such sizes leave holes in the heap
     left, ahead = deque(writer.left), 0
     while left or coming:
         while left and (len(coming) < 2 or ahead < AHEAD_BYTES):
             place = left.popleft()
             block = place.block
-            room = torch.zeros(-(-sum(block.sizes[_whole(block)]) // 4096) * 4096, dtype=torch.uint8)
-            matrices = _matrices(block, room)
+            size = -(-sum(block.sizes[_whole(block)]) // RECORD) * RECORD
+            free = spare.setdefault(size, [])
+            room = free.pop() if free else torch.zeros(size, dtype=torch.uint8)
             pair = plan.sources[block.name]
-            coming.append((place, room, fetch(reader, place.e, list(zip(pair, matrices, strict=True)))))
+            coming.append((place, room, fetch(reader, place.e, list(zip(pair, _matrices(block, room), strict=True)))))
             ahead += room.nbytes
         place, room, fetched = coming.popleft()
         ahead -= room.nbytes
         fetched.wait()
         writer.append(_record(place, room, plan.contents.group_size))
         step(place.nbytes)
+        spare[room.nbytes].append(room)
 
 
 def _whole(block: Block) -> int:
