@@ -1,4 +1,4 @@
-"""`moesaic bench NAME`: ours, every peer that can run, and the floor, in one process and in turn."""
+"""`moesaic bench NAME`: ours, every peer that can run, and the floor, in turn."""
 
 from __future__ import annotations
 
@@ -9,9 +9,12 @@ import typer
 from rich import box
 from rich.table import Table
 
+from moesaic.cli import bench_models
 from moesaic.cli.common import Debug, Json, console, emit, keep, progress_console
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, no_args_is_help=True, help=__doc__)
+app.command("decode")(bench_models.decode)
+app.command("stream")(bench_models.stream)
 
 
 def _words(text: str) -> tuple[str, ...]:

@@ -1,0 +1,138 @@
+"""`moesaic bench decode` and `moesaic bench stream`: whole models, each contestant in a process of its own."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich import box
+from rich.table import Table
+
+from moesaic.cli.common import Debug, Json, console, emit, keep, progress_console
+from moesaic.core.errors import BadInput
+from moesaic.core.sizes import show_bytes
+
+Folder = Annotated[
+    Path, typer.Option(help="Where generated checkpoints are kept; several times the model's size is written there.")
+]
+LlamaPython = Annotated[str, typer.Option(help="An interpreter that has llama-cpp-python and gguf.")]
+Threads = Annotated[int, typer.Option(help="CPU threads of every contestant.")]
+Size = Annotated[str, typer.Option(help="1.3b (2.6 GB), 6.9b (13.8 GB) or tiny.")]
+Out = Annotated[Path | None, typer.Option(help="Also write the JSON to this file.")]
+CACHE = Path("~/.cache/moesaic/bench")
+
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(word.strip() for word in text.split(",") if word.strip())
+
+
+def decode(
+    size: Size = "1.3b",
+    folder: Folder = CACHE,
+    peers: Annotated[str | None, typer.Option(help="Contestants by commas; default: all that can run.")] = None,
+    prompt: Annotated[int, typer.Option(help="Tokens of the prompt.")] = 256,
+    steps: Annotated[int, typer.Option(help="Tokens decoded in each round.")] = 32,
+    rounds: Annotated[int, typer.Option(help="Rounds, in which all take turns.")] = 5,
+    threads: Threads = 2,
+    llama_python: LlamaPython = sys.executable,
+    out: Out = None,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """A generated Qwen3-MoE in memory: prompt and decoding, ours beside transformers and llama.cpp."""
+    from moesaic.bench import decode as bench
+
+    options = bench.Options(
+        folder.expanduser(), size, threads=threads, prompt=prompt, steps=steps, rounds=rounds, llama_python=llama_python
+    )
+    if peers is not None:
+        options.peers = _words(peers)
+    with progress_console.status("") as status:
+        result = bench.run(options, lambda text: status.update(f"bench decode: {text}"))
+    keep(result, out)
+    if json:
+        emit(result)
+        return
+    table = _table(result, "tok/s", "ms", "min", "spread", "/floor", "peak")
+    for case in ("prefill", "decode"):
+        table.add_section()
+        table.add_row(f"[bold]{case}[/bold]")
+        for row in result["rows"]:
+            if row["case"] == case:
+                floor = row.get("floor_seconds")
+                table.add_row(
+                    f"  {row['impl']}", f"{row['tokens_per_second']:,.1f}", f"{row['seconds'] * 1e3:,.1f}",
+                    f"{row['seconds_min'] * 1e3:,.1f}", f"{row['spread']:.0%}",
+                    f"{row['seconds'] / floor:.2f}" if floor else "", show_bytes(row["peak_bytes"]) if floor else "",
+                )  # fmt: skip
+    console.print(table)
+    _notes(result)
+
+
+def stream(
+    size: Size = "1.3b",
+    folder: Folder = CACHE,
+    shares: Annotated[str, typer.Option(help="Resident shares of the expert bytes, by commas.")] = "0.25,0.5,0.75",
+    peers: Annotated[str, typer.Option(help="moesaic, llama.cpp, accelerate.")] = "moesaic,llama.cpp,accelerate",
+    policies: Annotated[str, typer.Option(help="Cache policies of ours, by commas.")] = "lru",
+    steps: Annotated[int, typer.Option(help="Tokens measured.")] = 64,
+    threads: Threads = 2,
+    llama_python: LlamaPython = sys.executable,
+    out: Out = None,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """A generated Qwen3-MoE in limited memory, from cold disk: ours beside accelerate's offload and llama.cpp's mmap."""
+    from moesaic.bench import stream as bench
+
+    try:
+        parts = tuple(float(word) for word in _words(shares))
+    except ValueError:
+        raise BadInput(f"--shares {shares!r}: numbers by commas") from None
+    options = bench.Options(
+        folder.expanduser(), size, parts, _words(peers), _words(policies), threads, steps=steps, llama_python=llama_python
+    )
+    with progress_console.status("") as status:
+        result = bench.run(options, lambda text: status.update(f"bench stream: {text}"))
+    keep(result, out)
+    if json:
+        emit(result)
+        return
+    table = _table(result, "tok/s", "ms", "hit %", "MB/tok", "of floor", "peak", "exact")
+    share = None
+    for row in result["rows"]:
+        if share != (share := row["share"]):
+            table.add_section()
+            table.add_row(f"[bold]{share:.0%} resident[/bold]")
+        table.add_row(
+            f"  {row['impl']}", f"{row['tokens_per_second']:,.2f}", f"{row['seconds'] * 1e3:,.0f}",
+            f"{row['hit_rate']:.1%}" if "hit_rate" in row else "",
+            f"{row['read_bytes_per_token'] / 1e6:,.1f}" if "hit_rate" in row else "",
+            f"{row['of_floor']:.2f}" if "of_floor" in row else "",
+            show_bytes(row["peak_bytes"]) if "peak_bytes" in row else "",
+            {True: "yes", False: "NO"}.get(row.get("exact"), ""),
+        )  # fmt: skip
+    console.print(table)
+    console.print(
+        f"disk: {result['disk_bytes_per_second'] / 1e9:.2f} GB/s in reads of one matrix. of floor: bytes missed over that."
+    )
+    _notes(result)
+
+
+def _table(result: dict[str, Any], *columns: str) -> Table:
+    header = result["machine"]
+    console.print(
+        f"{header['cpu']}, {header['threads']} threads; torch {header['torch']}; {result['size']}; load {header['load_before']}"
+    )
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    table.add_column("", no_wrap=True)
+    for name in columns:
+        table.add_column(name, justify="right", no_wrap=True)
+    return table
+
+
+def _notes(result: dict[str, Any]) -> None:
+    for note in result["notes"]:
+        console.print(f"note: {note}")
