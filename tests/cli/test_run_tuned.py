@@ -68,3 +68,26 @@ def test_prefetch_is_counted(moesaic):
 )
 def test_bad_options(moesaic, options, words):
     assert words in moesaic("run", "bundled", "the router", *options, *SHORT).complaint
+
+
+def test_eval_streams_and_scores_a_lossy_mode(moesaic, tiny_data):
+    def score(*how):
+        result = moesaic(
+            "eval", "bundled", "--data", tiny_data, "--context", 32, "--batch-size", 1, "--max-bytes", 200, "--threads", 1, *how
+        )
+        assert result.code == 0
+        return result
+
+    whole = json.loads(score("--json").out)
+    exact = json.loads(score("--resident", 0.3, "--json").out)
+    lossy = json.loads(score("--resident", 0.3, "--lossy", "skip:threshold=0.45", "--json").out)
+    assert exact["bits_per_byte"] == whole["bits_per_byte"]
+    assert (exact["exact"], lossy["exact"]) == (True, False)
+    assert lossy["bits_per_byte"] != whole["bits_per_byte"]
+    assert 0 < lossy["overlap"] < 1
+    assert lossy["read_bytes"] < exact["read_bytes"]
+    assert "not exact: skip" in " ".join(score("--resident", 0.3, "--lossy", "skip:threshold=0.45").out.split())
+    assert (
+        "needs all experts in memory"
+        in moesaic("eval", "bundled", "--data", tiny_data, "--resident", 0.3, "--quantize", "int8").complaint
+    )

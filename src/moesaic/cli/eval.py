@@ -11,7 +11,7 @@ from rich.table import Table
 
 from moesaic.cli import options
 from moesaic.cli.common import Debug, Json, console, emit, progress_console, single
-from moesaic.cli.loading import open_model
+from moesaic.cli.loading import open_model, open_streamed, streaming
 from moesaic.core.documents import read_documents, select
 from moesaic.core.errors import BadInput
 
@@ -31,6 +31,12 @@ def evaluate(
     importance: Annotated[
         Path | None, typer.Option(help="For mixed: a .moetrace that tells how often experts are chosen; default: this text.")
     ] = None,
+    memory: options.Memory = None,
+    resident: options.Resident = None,
+    policy: options.StreamPolicy = "lru",
+    page_cache: options.PageCache = "direct",
+    prefetch_bytes: options.PrefetchBytes = None,
+    lossy: options.Lossy = None,
     seed: Annotated[int | None, typer.Option(help="With --max-bytes: sample documents with this seed.")] = None,
     compare_compressors: Annotated[bool, typer.Option(help="Also xz -9 and zstd -19 on each domain.")] = False,
     threads: options.Threads = None,
@@ -46,7 +52,14 @@ def evaluate(
     options.use_threads(threads)
     if importance is not None and (quantize is None or not quantize.startswith("mixed")):
         raise BadInput("--importance says which experts get fewer bits: give --quantize mixed with it")
-    loaded, tokenizer, _ = open_model(model, dtype, experts=experts, dense_ok=True, trust_remote_code=trust_remote_code)
+    streams = streaming(memory, resident, policy, page_cache, experts, lossy=lossy, prefetch_bytes=prefetch_bytes)
+    if streams is not None and quantize is not None:
+        raise BadInput(f"--quantize {quantize} needs all experts in memory: leave --memory and --resident out")
+    streamed = None
+    if streams is None:
+        loaded, tokenizer, _ = open_model(model, dtype, experts=experts, dense_ok=True, trust_remote_code=trust_remote_code)
+    else:
+        (loaded, tokenizer, _), streamed = open_streamed(model, dtype, trust_remote_code=trust_remote_code, **streams)
     dtype_name = str(next(loaded.parameters()).dtype).removeprefix("torch.")
     quantized = None
     if quantize is not None:
@@ -67,18 +80,24 @@ def evaluate(
     result["dtype"] = dtype_name
     if quantized is not None:
         result["quantized"] = quantized
+    if streamed is not None:
+        from moesaic.serving.streamed.describe import streaming_facts
+
+        result |= {**streaming_facts(streamed), "exact": streamed.engine.exact}
     result["context"], result["stride"] = bpb.check_sizes(loaded.config, context, stride)
     if compare_compressors:
         _add_compressors(result, scores)
-    lossy = sum(score.lossy_documents for score in scores.values())
-    if lossy:
+    unpaid = sum(score.lossy_documents for score in scores.values())
+    if unpaid:
         progress_console.print(
-            f"[yellow]the tokenizer does not give back the text of {lossy} documents: bits per byte is too low there[/yellow]"
+            f"[yellow]the tokenizer does not give back the text of {unpaid} documents: bits per byte is too low there[/yellow]"
         )
     if json:
         emit(result)
     else:
         console.print(_table(result, compare_compressors))
+        if streamed is not None:
+            console.print(_streaming(result, streamed.engine.lossy), highlight=False)
 
 
 def _quantize(
@@ -130,6 +149,13 @@ def _counts_on(model: Any, tokenizer: Any, documents: list[Any], context: int | 
         for handle in handles:
             handle.remove()
     return counts
+
+
+def _streaming(result: dict[str, Any], lossy: Any) -> str:
+    said = f"experts from disk, {result['policy']}: hit rate {result['hit_rate']:.1%}"
+    if result["exact"]:
+        return f"{said}; exact"
+    return f"{said}; [yellow]not exact: {lossy}; {result['overlap']:.1%} of the routers' choices ran[/yellow]"
 
 
 def _add_compressors(result: dict[str, Any], scores: dict[str, Any]) -> None:
