@@ -14,6 +14,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -94,11 +95,11 @@ def generate(folder: Path, size: Size, progress: Callable[[str], None] = lambda 
     return folder
 
 
-def _config(size: Size):
-    from transformers import Qwen3MoeConfig
+def _config(size: Size) -> Any:
+    from transformers import AutoConfig
 
-    return Qwen3MoeConfig(
-        vocab_size=size.vocabulary, hidden_size=size.width, intermediate_size=2 * size.width,
+    return AutoConfig.for_model(
+        "qwen3_moe", vocab_size=size.vocabulary, hidden_size=size.width, intermediate_size=2 * size.width,
         moe_intermediate_size=size.inner, num_hidden_layers=size.layers, num_attention_heads=size.heads,
         num_key_value_heads=size.kv_heads, head_dim=size.head_width, num_experts=size.experts,
         num_experts_per_tok=size.slots, norm_topk_prob=True, max_position_embeddings=4096, tie_word_embeddings=False,

@@ -10,6 +10,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import gguf
@@ -41,6 +42,9 @@ class Checkpoint:
     def floats(self, name: str) -> np.ndarray:
         return (self.bits(name).astype(np.uint32) << 16).view(np.float32)
 
+    def stacked(self, names: list[str]) -> np.ndarray:
+        return np.stack([self.floats(name) for name in names])
+
 
 def experts_of(config: dict[str, Any]) -> int:
     return config.get("num_local_experts") or config["num_experts"]
@@ -51,7 +55,7 @@ def tensors(held: Checkpoint, config: dict[str, Any]) -> Iterator[tuple[str, tup
     experts, width, inner = experts_of(config), config["hidden_size"], config["moe_intermediate_size"]
 
     def plain(name: str, wanted: str, exact: bool = False):
-        return wanted, held.bits(name).shape, exact, lambda: held.floats(name)
+        return wanted, held.bits(name).shape, exact, partial(held.floats, name)
 
     yield plain("model.embed_tokens.weight", "token_embd.weight")
     yield plain("model.norm.weight", "output_norm.weight", True)
@@ -71,7 +75,7 @@ def tensors(held: Checkpoint, config: dict[str, Any]) -> Iterator[tuple[str, tup
                 f"{ours}ffn_{name}_exps.weight",
                 (experts, *shape),
                 False,
-                lambda s=stacked: np.stack(list(map(held.floats, s))),
+                partial(held.stacked, stacked),
             )
 
 

@@ -29,12 +29,12 @@ class QuickLinear(nn.Linear):
 
 
 @cache
-def _quick_norm(norm_class: type[nn.Module], eps_name: str) -> type[nn.Module]:
-    own: Any = norm_class.forward
+def _quick_norm(norm_class: Any, eps_name: str) -> Any:
+    own = norm_class.forward
 
     def forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         made = None if args or kwargs else few_rows_norm(hidden_states, self.weight, getattr(self, eps_name))
-        return own(self, hidden_states) if made is None and not (args or kwargs) else made
+        return own(self, hidden_states, *args, **kwargs) if made is None else made
 
     return type(norm_class.__name__, (norm_class,), {"forward": forward, "__module__": norm_class.__module__, "quick": True})
 
@@ -62,7 +62,7 @@ def _quick_attention(model: Any) -> bool:
         model.set_attn_implementation(attention.NAME)
     except (ValueError, NotImplementedError, ImportError):
         return False
-    return config._attn_implementation == attention.NAME
+    return model.config._attn_implementation == attention.NAME
 
 
 def _norm_eps(module: nn.Module) -> str | None:
