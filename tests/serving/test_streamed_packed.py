@@ -147,14 +147,22 @@ def test_rounded_experts(small, tmp_path, bits):
     plan = pack(small.folder, tmp_path / "out", bits=Bits(bits), group_size=32)
     assert not plan.lossless
     assert plan.expert_bytes <= 16 * (3 * 128 * 64 * (bits + 16 / 32) / 8 + 4096)
-    model = load(tmp_path / "out").model
+    model = load(tmp_path / "out", experts="grouped_mm").model
     original, packing = load(small.folder).model, Packing(bits, 32)
     for which in ("gate_up_proj", "down_proj"):
         weight = getattr(view(original)[1].experts, which)[5]
         wanted = dequantize_matrix(quantize_matrix(weight, packing), packing, tuple(weight.shape))
         assert torch.equal(getattr(view(model)[1].experts, which)[5], wanted.bfloat16())
+    whole = load(tmp_path / "out").model
     with load_streamed(tmp_path / "out", resident=0.4) as streamed:
         logits = run(streamed.model, {"input_ids": small.ids})
+        assert torch.equal(logits, run(whole, {"input_ids": small.ids}))
+        one = {"input_ids": small.ids[:, :1]}  # few rows, another pass
+        assert torch.equal(run(streamed.model, one), run(whole, one))
+        layer = streamed.engine.layers[0]
+        assert layer.bytes == sum(plan.contents.blocks[0].sizes[bits])  # slots hold the records
+        assert streamed.engine.held_bytes <= streamed.engine.plan.budget_bytes + streamed.engine._slots[layer.kind].count * 256
+        assert streamed.engine.shape.total_bytes == 16 * layer.bytes
     error = (logits.float() - small.logits.float()).norm() / small.logits.float().norm()
     assert 0 < error < {8: 0.05, 4: 0.4, 2: 2.0}[bits]
 
@@ -299,6 +307,7 @@ def test_a_damaged_beginning_is_written_again(checkpoint, tmp_path, damage):
     assert contents(out) == contents(tmp_path / "fresh")
 
 
+@pytest.mark.slow
 def test_a_disk_that_is_full(checkpoint, tmp_path):
     """A limit on the size of files stands for it: the write fails in the middle of a record."""
     out = tmp_path / "out"

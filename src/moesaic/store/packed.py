@@ -57,6 +57,12 @@ class Block:
     bits_E: tuple[int, ...]
     sizes: dict[int, tuple[int, int]]
 
+    @property
+    def record_bits(self) -> int | None:
+        """Bits of all its experts where they are quantised alike, so that records are computed from as they lie."""
+        alike = len(set(self.bits_E)) == 1 and self.bits_E[0] in QUANTISED
+        return self.bits_E[0] if alike else None
+
     def record_bytes(self, e: int) -> int:
         """With padding."""
         return -(-sum(self.sizes[self.bits_E[e]]) // RECORD) * RECORD

@@ -103,7 +103,8 @@ def load(
         model_class = adapt(model_class)
     if records is not None:
         kwargs |= quantised.widening(files.read_config(records.folder), source)
-        model_class = packed.with_experts(model_class, records)
+        elsewhere = device is not None and torch.device(device).type != "cpu"
+        model_class = packed.with_experts(model_class, records, widened=elsewhere or experts != implementation.NAME)
     try:
         model, info = model_class.from_pretrained(
             source,

@@ -11,11 +11,14 @@ from torch import Tensor
 from transformers.core_model_loading import set_param_for_module
 
 from moesaic.core.errors import BadInput
+from moesaic.kernels import QuantizedBank
 from moesaic.kernels.low_bits import Packing, dequantize_matrix, record_bytes
+from moesaic.kernels.quantized import QuantizedExpert
 from moesaic.store import Reader
 from moesaic.store.packed import QUANTISED, Block, Packed
 from moesaic.store.slots import LINE
-from moesaic.view import discover
+from moesaic.view import discover, implementation
+from moesaic.view.quantize import Computed
 
 
 def places(model: Any, packed: Packed) -> dict[str, tuple[Block, int]]:
@@ -52,26 +55,61 @@ def with_weights(model_class: Any, load_weights: Callable) -> Any:
     )
 
 
-def with_experts(model_class: Any, packed: Packed) -> Any:
-    """The same, which loads what transformers loads and then the records as stacked parameters."""
+def with_experts(model_class: Any, packed: Packed, widened: bool) -> Any:
+    """The same, which loads what transformers loads and then the records as stacked parameters.
+
+    Blocks that are quantised alike stay records, from which our kernels compute, unless they are to be `widened`.
+    """
 
     def load_weights(model: Any, *arguments: Any) -> Any:
-        tensors = stacked(model, packed)
+        tensors = stacked(model, packed, widened)
         done = model_class._load_pretrained_model(model, *arguments)
         for name, tensor in tensors.items():
             set_param_for_module(model, name, tensor, done[0], cast(Any, None))
+        if not widened:
+            _put_records(model, packed)
         return done
 
     return with_weights(model_class, load_weights)
 
 
-def stacked(model: Any, packed: Packed) -> dict[str, Tensor]:
-    """All experts in memory, as the model's stacked parameters in its dtypes. Raises BadInput, ReadFailed."""
+def stacked(model: Any, packed: Packed, widened: bool) -> dict[str, Tensor]:
+    """All experts as the model's stacked parameters in its dtypes; without memory where records stand in for them.
+
+    Raises BadInput, ReadFailed.
+    """
     own, made = model.state_dict(), {}
     with Reader("keep") as reader:
         for name, (block, which) in places(model, packed).items():
-            made[name] = _stack(packed, block, which, own[name].dtype, reader)
+            if block.record_bits is not None and not widened:
+                made[name] = torch.empty_like(own[name], device="meta")
+            else:
+                made[name] = _stack(packed, block, which, own[name].dtype, reader)
     return made
+
+
+def _put_records(model: Any, packed: Packed) -> None:
+    """Read the records of blocks that are quantised alike, and have their experts computed from them."""
+    blocks = {block.name: block for block in packed.contents.blocks}
+    modules = dict(model.named_modules())
+    with Reader("keep") as reader:
+        for name in dict.fromkeys(name.rpartition(".")[0] for name in discover.expert_parameters(model)):
+            block, count = blocks[name], len(blocks[name].bits_E)
+            if block.record_bits is None:
+                continue
+            first, second = block.sizes[block.record_bits]
+            records = torch.empty(count, first + second, dtype=torch.uint8)
+            held = [records[e].split([first, second]) for e in range(count)]
+            reader.fetch([(packed.matrix(block, e, m), held[e][m]) for e in range(count) for m in (0, 1)]).wait()
+            bank = QuantizedBank(tuple(as_expert(packed, block, *pair) for pair in held), records)
+            setattr(modules[name], implementation.STREAMED, Computed(modules[name], bank))
+
+
+def as_expert(packed: Packed, block: Block, gate_up: Tensor, down: Tensor) -> QuantizedExpert:
+    """An expert of a block that is quantised alike, from its records in memory."""
+    assert block.record_bits is not None
+    packing = _packing(packed, block.record_bits)
+    return QuantizedExpert(gate_up, down, packing, packing, upright(block, 0), upright(block, 1))
 
 
 def _stack(packed: Packed, block: Block, which: int, dtype: torch.dtype, reader: Reader) -> Tensor:

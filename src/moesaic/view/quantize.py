@@ -148,11 +148,11 @@ def _replace(block: Block, bits: list[int], group_size: int) -> QuantizedBank:
     bank = quantize_bank(gate_up, down, bits, group_size, transposed=block.bank.transposed)
     for name, matrix in zip(_names(block), (gate_up, down), strict=True):
         setattr(block.experts, name, nn.Parameter(torch.empty_like(matrix, device="meta"), requires_grad=False))
-    setattr(block.experts, implementation.STREAMED, _Call(block.experts, bank))
+    setattr(block.experts, implementation.STREAMED, Computed(block.experts, bank))
     return bank
 
 
-class _Call:
+class Computed:
     """What stands on an experts module instead of its matrices: see `implementation.STREAMED`."""
 
     def __init__(self, experts: Any, bank: QuantizedBank) -> None:

@@ -12,6 +12,7 @@ import torch
 from moesaic.core.errors import BadInput, MissingNeed
 from moesaic.serving.streamed import budget
 from moesaic.serving.streamed.engine import GIVEN, Engine
+from moesaic.serving.streamed.layer import slot_bytes, slot_kind
 from moesaic.serving.streamed.load import expert_parameters, load_skeleton
 from moesaic.serving.streamed.lossy.mode import Lossy
 from moesaic.serving.streamed.stats import Stats, peak_bytes
@@ -101,13 +102,14 @@ def load_streamed(
     try:
         loaded, sources = load_skeleton(path_or_id, reader, dtype=dtype, attention=attention, **how)
         view = View(loaded.model)
+        names = {place: name for name, place in expert_parameters(loaded.model).items()}
+        pairs = [(sources[names[i, 0]], sources[names[i, 1]]) for i in range(len(view))]
         shape = Shape(
             np.array([block.num_experts for block in view], np.int64),
-            np.array([block.expert_bytes for block in view], np.int64),
+            np.array([slot_bytes(block, pair) for block, pair in zip(view, pairs, strict=True)], np.int64),
             max(block.top_k for block in view),
         )
-        names = {place: name for name, place in expert_parameters(loaded.model).items()}
-        sizes = {(sources[names[i, 0]].shape, sources[names[i, 1]].shape): int(shape.bytes_L[i]) for i in range(len(view))}
+        sizes = {slot_kind(block, pair): slot_bytes(block, pair) for block, pair in zip(view, pairs, strict=True)}
         given = budget.budget_of(shape.total_bytes, memory, resident)
         plan = budget.divide(given, shape.total_bytes, list(sizes.values()))
         engine = Engine(

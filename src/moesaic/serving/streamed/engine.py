@@ -23,7 +23,7 @@ from torch import Tensor
 
 from moesaic.core.errors import BadInput
 from moesaic.core.routing import Dispatch
-from moesaic.kernels import few_rows, waves
+from moesaic.kernels import few_rows
 from moesaic.kernels.products import hit_spans
 from moesaic.kernels.slots import bounds_of
 from moesaic.serving.streamed import stats as C
@@ -198,7 +198,7 @@ class Engine:
                 dispatch, ids_TK = self._altered(layer, dispatch, ids_TK)
                 wave = self._event(layer, x_TD.shape[0], dispatch, ids_TK, choice)
                 dispatch = self._put_off(layer, x_TD, dispatch, wave)
-                y_TD = waves.run(x_TD, dispatch, layer.weights, wave.parts, layer.matrix)
+                y_TD = layer.run(x_TD, dispatch, wave.parts)
                 if wave.passing:  # used once, and given no place: guesses had to wait for theirs
                     for e in wave.passing:
                         self._give(layer, e)
@@ -256,7 +256,7 @@ class Engine:
         late = {e: fetch for e in experts if (fetch := self.prefetch.flying.pop((owed.layer.number, e), None)) is not None}
         gone = {e for e in experts if e not in owed.layer.held}  # another thread's pass came between
         wave = Wave(self, owed.layer, [], gone, late)
-        return waves.run(owed.x_TD, owed.dispatch, owed.layer.weights, wave.parts, owed.layer.matrix)
+        return owed.layer.run(owed.x_TD, owed.dispatch, wave.parts)
 
     def _event(self, layer: Layer, tokens: int, dispatch: Dispatch, ids_TK: Tensor | None, choice: tap.Choice | None) -> Wave:
         """One event of the policy: what it lets go leaves, what is missing is asked for, then what may be needed next."""
