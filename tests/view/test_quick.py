@@ -52,3 +52,19 @@ class Other(nn.Module):
 
 def test_a_norm_of_another_kind_stays_as_it_is():
     assert quicken(nn.Sequential(Other()))["norm"] == 0
+
+
+class Scaled(Other):
+    """A root mean square norm that can be asked for more."""
+
+    def forward(self, x, by=1.0):
+        wide = x.float()
+        return by * (self.weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)).to(x.dtype))
+
+
+def test_a_norm_with_more_arguments_is_called_with_them():
+    norm, x = Scaled(), torch.randn(1, 64).bfloat16()
+    with torch.no_grad():
+        want = norm(x, by=2.0)
+        assert quicken(nn.Sequential(norm))["norm"] == 1
+        assert torch.equal(norm(x, by=2.0), want) and torch.equal(norm(x, 2.0), want)

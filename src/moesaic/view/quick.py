@@ -42,6 +42,7 @@ def _quick_norm(norm_class: Any, eps_name: str) -> Any:
 def quicken(model: nn.Module) -> dict[str, int]:
     """Give a model on the CPU its quick modules; returns how many of each kind. Doing it twice changes nothing more."""
     made = {"linear": 0, "norm": 0, "attention": int(_quick_attention(model))}
+    module: Any
     for module in model.modules():
         if type(module) is nn.Linear and module.weight.device.type == "cpu" and suits_linear(module.weight):
             module.__class__ = QuickLinear
