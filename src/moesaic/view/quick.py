@@ -7,7 +7,6 @@ gradients, with more rows or in another dtype they do what they did.
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any
 
 import torch
@@ -28,7 +27,6 @@ class QuickLinear(nn.Linear):
         return few_rows_linear(input, self.weight, self.bias)
 
 
-@cache
 def _quick_norm(norm_class: Any, eps_name: str) -> Any:
     own = norm_class.forward
 
@@ -42,13 +40,14 @@ def _quick_norm(norm_class: Any, eps_name: str) -> Any:
 def quicken(model: nn.Module) -> dict[str, int]:
     """Give a model on the CPU its quick modules; returns how many of each kind. Doing it twice changes nothing more."""
     made = {"linear": 0, "norm": 0, "attention": int(_quick_attention(model))}
-    module: Any
+    quick_norms: dict[type, type] = {}
     for module in model.modules():
         if type(module) is nn.Linear and module.weight.device.type == "cpu" and suits_linear(module.weight):
             module.__class__ = QuickLinear
             made["linear"] += 1
         elif (eps := _norm_eps(module)) is not None:
-            module.__class__ = _quick_norm(type(module), eps)
+            own = type(module)
+            module.__class__ = quick_norms[own] = quick_norms.get(own) or _quick_norm(own, eps)
             made["norm"] += 1
     return made
 
