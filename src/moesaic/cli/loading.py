@@ -31,6 +31,7 @@ def open_model(
         raise BadInput(f'no model {name!r}; MODEL comes before the prompt: moesaic run bundled "{name}"')
     quiet_transformers()
     from moesaic.view import load, resolve_model
+    from moesaic.view.quick import quicken
 
     source = resolve_model(name)
     try:
@@ -39,6 +40,8 @@ def open_model(
         raise NotMoE(f"{name} is not a Mixture-of-Experts model ({error}): pass --dense-ok to run it anyway") from error
     if tokenizer is None:
         raise BadInput(f"{name} has no tokenizer: put its tokenizer files beside config.json")
+    if experts == "moesaic":  # not when transformers' own code is asked for
+        quicken(model)
     return Opened(model, tokenizer, source)
 
 
@@ -47,11 +50,13 @@ def open_streamed(name: str, dtype: str, *, trust_remote_code: bool = False, **h
     quiet_transformers()
     from moesaic.serving.streamed import load_streamed
     from moesaic.view import resolve_model
+    from moesaic.view.quick import quicken
 
     streamed = load_streamed(name, dtype=dtype, trust_remote_code=trust_remote_code, **how)
     if streamed.tokenizer is None:
         streamed.close()
         raise BadInput(f"{name} has no tokenizer: put its tokenizer files beside config.json")
+    quicken(streamed.model)  # as the resident one, whose numbers these are
     return Opened(streamed.model, streamed.tokenizer, resolve_model(name)), streamed
 
 
