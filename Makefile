@@ -8,7 +8,7 @@ TORCH  ?= torch==2.13.0
 .PHONY: run test test-slow lint docs gpu clean
 
 run: $(VENV)/.run
-	$(BIN)/moesaic run $(ARGS)
+	$(BIN)/moesaic run $(or $(ARGS),--resident 0.4 --verify)
 
 test: $(VENV)/.dev
 	$(BIN)/pytest -n 2 -m "not slow and not gpu" $(ARGS)

@@ -18,9 +18,10 @@ Shape legend: T tokens, S pairs, D model width, I inner width, H rows of gate an
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
-from itertools import groupby, pairwise
+from itertools import groupby
+from operator import lt
 
 import torch
 from torch import Tensor
@@ -55,6 +56,8 @@ class QuantizedExpert:
     down_packing: Packing
     gate_up_shape: Shape
     down_shape: Shape
+    places: tuple[int, int, int, int] = field(init=False, repr=False)
+    """The addresses of gate_up's codes and scales, and of down's; the records keep their memory as long as this lives."""
 
     def __post_init__(self) -> None:
         for name, record, packing, shape in (
@@ -67,6 +70,11 @@ class QuantizedExpert:
                     f"{name}: the record of a {shape[0]} x {shape[1]} matrix, {packing}, is {size} contiguous bytes (uint8) on "
                     f"the CPU; got {record.dtype} {list(record.shape)} on {record.device}"
                 )
+        places = (
+            *_addresses(self.gate_up, self.gate_up_packing, self.gate_up_shape),
+            *_addresses(self.down, self.down_packing, self.down_shape),
+        )
+        object.__setattr__(self, "places", places)
 
     @property
     def nbytes(self) -> int:
@@ -81,8 +89,8 @@ class QuantizedExpert:
 
     def matrices(self) -> Iterator[tuple[int, int, Packing, Shape]]:
         """The address of the codes and of the scales, the packing and the shape, of gate_up and of down."""
-        yield *_addresses(self.gate_up, self.gate_up_packing, self.gate_up_shape), self.gate_up_packing, self.gate_up_shape
-        yield *_addresses(self.down, self.down_packing, self.down_shape), self.down_packing, self.down_shape
+        yield *self.places[:2], self.gate_up_packing, self.gate_up_shape
+        yield *self.places[2:], self.down_packing, self.down_shape
 
 
 def _addresses(record: Tensor, packing: Packing, shape: Shape) -> Shape:
@@ -116,7 +124,7 @@ class QuantizedBank:
 
     def run(self, x_TD: Tensor, dispatch: Dispatch, form: Form | None = None) -> Tensor:
         """y [T, D] in x's dtype."""
-        return run_quantized(x_TD, dispatch, dict(enumerate(self.experts)), form)
+        return run_quantized(x_TD, dispatch, self.experts, form)
 
 
 def quantize_bank(
@@ -144,7 +152,10 @@ def quantize_bank(
     return QuantizedBank(tuple(experts), records)
 
 
-def run_quantized(x_TD: Tensor, dispatch: Dispatch, experts: Mapping[int, QuantizedExpert], form: Form | None = None) -> Tensor:
+Experts = Mapping[int, QuantizedExpert] | Sequence[QuantizedExpert]
+
+
+def run_quantized(x_TD: Tensor, dispatch: Dispatch, experts: Experts, form: Form | None = None) -> Tensor:
     """y [T, D] in x's dtype; no gradients. Only experts that own pairs are looked up."""
     y_TD = torch.zeros(x_TD.shape, dtype=torch.float32)
     add(x_TD, dispatch, experts, hit_spans(bounds_of(dispatch)), y_TD, form)
@@ -154,7 +165,7 @@ def run_quantized(x_TD: Tensor, dispatch: Dispatch, experts: Mapping[int, Quanti
 def add(
     x_TD: Tensor,
     dispatch: Dispatch,
-    experts: Mapping[int, QuantizedExpert],
+    experts: Experts,
     spans: list[Span],
     y_TD: Tensor,
     form: Form | None = None,
@@ -170,19 +181,26 @@ def add(
         if experts[e].gate_up_shape[1] != x_TD.shape[1]:
             raise BadInput(f"x is {list(x_TD.shape)} but expert {e} reads inputs of width {experts[e].gate_up_shape[1]}")
     compiled = _few if _is_few(dispatch) else _many
+    suits = _suits_few if compiled is _few else _suits_many
+    fused = form.swiglu and form.gate_up_bias_EH is None and form.down_bias_ED is None
+
+    def way_of(span: Span) -> Way:
+        e = experts[span[0]]
+        same = fused and suits(e.gate_up_packing, e.down_packing, e.gate_up_shape, e.down_shape)
+        return compiled if same else _plain
+
     with torch.no_grad(), torch.autocast("cpu", enabled=False):
-        ways = groupby(spans, lambda span: compiled if _suits(compiled, experts[span[0]], form) else _plain)
-        for way, some in ways:
+        for way, some in groupby(spans, way_of):
             way(x_TD, dispatch, experts, list(some), y_TD, form)
 
 
-Way = Callable[[Tensor, Dispatch, Mapping[int, QuantizedExpert], list[Span], Tensor, Form], None]
+Way = Callable[[Tensor, Dispatch, Experts, list[Span], Tensor, Form], None]
 
 
 def _is_few(dispatch: Dispatch) -> bool:
     """Whether the whole dispatch has so few rows per hit expert that reading weights is what counts."""
     bounds = bounds_of(dispatch)
-    hit = sum(low < high for low, high in pairwise(bounds))
+    hit = sum(map(lt, bounds, bounds[1:]))
     return bounds[-1] <= FEW_ROWS * hit
 
 
@@ -199,15 +217,18 @@ def available() -> bool:
     return all(host.get(name) for name in ("avx512vnni", "avx512bw", "avx512vl", "fma")) and not elsewhere
 
 
-def _suits(way: Way, expert: QuantizedExpert, form: Form) -> bool:
-    """Whether a compiled pass can take this expert."""
-    (D, inner), H = expert.down_shape, expert.gate_up_shape[0]
-    if not form.swiglu or form.gate_up_bias_EH is not None or form.down_bias_ED is not None or 2 * inner != H:
-        return False
-    if way is _many:
-        return D % many_rows.MULTIPLE == inner % many_rows.MULTIPLE == 0 and available() and many_rows.available()
-    units = 256 // expert.gate_up_packing.bits, 256 // expert.down_packing.bits
-    return D % units[0] == inner % units[1] == D % 4 == 0 and available()
+@cache
+def _suits_many(gate_up_packing: Packing, down_packing: Packing, gate_up: Shape, down: Shape) -> bool:
+    """Whether widening and many_rows.py can take experts of these shapes."""
+    whole = down[0] % many_rows.MULTIPLE == down[1] % many_rows.MULTIPLE == 0
+    return 2 * down[1] == gate_up[0] and whole and available() and many_rows.available()
+
+
+@cache
+def _suits_few(gate_up_packing: Packing, down_packing: Packing, gate_up: Shape, down: Shape) -> bool:
+    """Whether the integer pass can take them."""
+    whole = down[0] % (256 // gate_up_packing.bits) == down[1] % (256 // down_packing.bits) == down[0] % 4 == 0
+    return 2 * down[1] == gate_up[0] and whole and available()
 
 
 def _few(x_TD, dispatch, experts, spans, y_TD, form) -> None:
@@ -215,17 +236,14 @@ def _few(x_TD, dispatch, experts, spans, y_TD, form) -> None:
 
     cores = pool.join()
     forms: dict[Packing, int] = {}
-    table, inner = [], 0
-    for e, _, _ in spans:
-        row, packings = [], []
-        for code_at, scale_at, packing, _ in experts[e].matrices():
-            row += [code_at, scale_at]
-            packings.append(forms.setdefault(packing, len(forms)))
-        table.append(row + packings)
-        inner = max(inner, experts[e].down_shape[1])
+    here = [experts[e] for e, _, _ in spans]
+    table = [
+        (*e.places, forms.setdefault(e.gate_up_packing, len(forms)), forms.setdefault(e.down_packing, len(forms))) for e in here
+    ]
+    inner = here[0].down_shape[1]
     first, pairs = spans[0][1], spans[-1][2] - spans[0][1]
     x_words = sum(x_TD.shape[0] * codes.row_bytes(x_TD.shape[1], packing.bits) for packing in forms) // 2
-    a_stride = max(codes.row_bytes(inner, experts[e].down_packing.bits) for e, _, _ in spans)
+    a_stride = max(codes.row_bytes(inner, packing.bits) for packing in forms)
     codes.swiglu(
         x_TD.detach().float().contiguous().numpy(),
         torch.tensor([(e, start - first, end - first) for e, start, end in spans]).numpy(),
