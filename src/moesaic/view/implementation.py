@@ -21,8 +21,10 @@ STREAMED = "streamed"
 
 def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """The experts call: x [T, D], ids [T, K] (outside [0, E): empty slot), weights [T, K] -> y [T, D]."""
-    dispatch = dispatch_slots(top_k_index, top_k_weights, self.down_proj.shape[0])
     streamed = getattr(self, STREAMED, None)
+    if hasattr(streamed, "routed"):  # it sorts the pairs itself, where it has brought their ids to the host
+        return streamed.routed(hidden_states, top_k_index, top_k_weights)
+    dispatch = dispatch_slots(top_k_index, top_k_weights, self.down_proj.shape[0])
     if streamed is not None:
         return streamed(hidden_states, dispatch, top_k_index)
     return run(self, hidden_states, dispatch)

@@ -144,6 +144,12 @@ class Engine:
         made.read_seconds, made.preloaded_bytes = counters.seconds - self._from[2], self._preloaded
         return made
 
+    def trim(self) -> None:
+        """Where experts of one size made room for others', give the memory of free slots back, before it is used."""
+        if len(self._slots) > 1 and self.held_bytes > self.plan.budget_bytes:
+            for slots in self._slots.values():
+                slots.trim()
+
     def close(self) -> None:
         """Stop reading. The model cannot run afterwards."""
         self._watch.remove()
@@ -159,19 +165,19 @@ class Engine:
         self.prefetch.forget()
         self._slots: dict[Any, Slots] = {}
         self._staging: dict[Any, list[int]] = {}
-        for kind in dict.fromkeys(layer.kind for layer in self.layers):
-            mine = [layer for layer in self.layers if layer.kind == kind]
-            experts = sum(layer.experts for layer in mine)
-            cached = min(experts, self.plan.capacity_bytes // min(layer.bytes for layer in mine))
+        for kind in dict.fromkeys(kind for layer in self.layers for kind in layer.kinds):
+            mine = [layer for layer in self.layers if kind in layer.kinds]
+            experts = [(layer, e) for layer in mine for e, k in enumerate(layer.kind_E) if layer.kinds[k] == kind]
+            cached = min(len(experts), self.plan.capacity_bytes // min(layer.bytes_E[e] for layer, e in experts))
             staging = self.plan.staging
             if not note[S.ADMIT]:  # what is resident from the start is all that ever will be, and the rest streams through
-                cached = sum(int(self.policy.resident(layer.number).sum()) for layer in mine)
-                staging = staging or min(MOST_STAGING, experts - cached)
+                cached = sum(int(self.policy.resident(layer.number)[e]) for layer, e in experts)
+                staging = staging or min(MOST_STAGING, len(experts) - cached)
             stack = all(few_rows.suits(layer.stand_in(), layer.dtype) for layer in mine)
             self._slots[kind] = slots = Slots(kind[:2], kind[2], cached + staging, stack)
             self._staging[kind] = [slots.take() for _ in range(staging)]
-            for layer in mine:
-                layer.use(slots)
+        for layer in self.layers:
+            layer.use([self._slots[kind] for kind in layer.kinds])
         before = self.reader.counters.bytes
         for layer in self.layers:
             for e in np.flatnonzero(self.policy.resident(layer.number)[: layer.experts]).tolist():
@@ -201,7 +207,7 @@ class Engine:
                 y_TD = layer.run(x_TD, dispatch, wave.parts)
                 if wave.passing:  # used once, and given no place: guesses had to wait for theirs
                     for e in wave.passing:
-                        self._give(layer, e)
+                        layer.give(e)
                     self._guess(layer.number, choice)
                 return y_TD if before_TD is None else y_TD + before_TD
             except BaseException:
@@ -259,9 +265,14 @@ class Engine:
         return owed.layer.run(owed.x_TD, owed.dispatch, wave.parts)
 
     def _event(self, layer: Layer, tokens: int, dispatch: Dispatch, ids_TK: Tensor | None, choice: tap.Choice | None) -> Wave:
-        """One event of the policy: what it lets go leaves, what is missing is asked for, then what may be needed next."""
+        """One event of the policy for what a dispatch asks for."""
+        return self.bring(layer, tokens, *by_demand(layer.experts, dispatch, ids_TK), choice)
+
+    def bring(
+        self, layer: Layer, tokens: int, experts: np.ndarray, counts: np.ndarray, choice: tap.Choice | None = None
+    ) -> Wave:
+        """One event: what the policy lets go leaves, what is missing is asked for, then what may be needed next."""
         self.prefetch.land()
-        experts, counts = by_demand(layer.experts, dispatch, ids_TK)
         given: dict[str, Any] = {}
         if "scores" in self.policy.needs:
             given["scores_E"] = self._scores(layer, choice, experts, counts)
@@ -284,9 +295,7 @@ class Engine:
                 self.prefetch.release(layer, e)
         for e in loads:
             self._take(layer, e)
-        if len(self._slots) > 1 and self.held_bytes > self.plan.budget_bytes:  # experts of one size made room for others'
-            for slots in self._slots.values():
-                slots.trim()
+        self.trim()
         wave = Wave(self, layer, loads, set(found[act == S.STREAM].tolist()), late)
         wave.passing = passing
         if not passing:
@@ -313,15 +322,10 @@ class Engine:
 
     def _take(self, layer: Layer, e: int) -> int:
         try:
-            slot = layer.slots.take()
+            return layer.take(e)
         except IndexError:
             self.prefetch.make_room()
-            slot = layer.slots.take()
-        layer.held[e] = slot
-        return slot
-
-    def _give(self, layer: Layer, e: int) -> None:
-        layer.slots.give(layer.held.pop(e))
+            return layer.take(e)
 
     def _into(self, layer: Layer, e: int, slot: int, matrix: int | None = None, prefetch: bool = False) -> Fetch:
         which = (0, 1) if matrix is None else (matrix,)
