@@ -181,16 +181,8 @@ def add(
         if experts[e].gate_up_shape[1] != x_TD.shape[1]:
             raise BadInput(f"x is {list(x_TD.shape)} but expert {e} reads inputs of width {experts[e].gate_up_shape[1]}")
     compiled = _few if _is_few(dispatch) else _many
-    suits = _suits_few if compiled is _few else _suits_many
-    fused = form.swiglu and form.gate_up_bias_EH is None and form.down_bias_ED is None
-
-    def way_of(span: Span) -> Way:
-        e = experts[span[0]]
-        same = fused and suits(e.gate_up_packing, e.down_packing, e.gate_up_shape, e.down_shape)
-        return compiled if same else _plain
-
     with torch.no_grad(), torch.autocast("cpu", enabled=False):
-        for way, some in groupby(spans, way_of):
+        for way, some in groupby(spans, lambda span: compiled if _suits(compiled, experts[span[0]], form) else _plain):
             way(x_TD, dispatch, experts, list(some), y_TD, form)
 
 
@@ -215,6 +207,13 @@ def available() -> bool:
     host = get_host_cpu_features()
     elsewhere = numba.config.CPU_NAME or numba.config.CPU_FEATURES  # Numba was told to compile for another machine
     return all(host.get(name) for name in ("avx512vnni", "avx512bw", "avx512vl", "fma")) and not elsewhere
+
+
+def _suits(way: Way, expert: QuantizedExpert, form: Form) -> bool:
+    """Whether a compiled pass can take this expert."""
+    fused = form.swiglu and form.gate_up_bias_EH is None and form.down_bias_ED is None
+    shapes = _suits_many if way is _many else _suits_few
+    return fused and shapes(expert.gate_up_packing, expert.down_packing, expert.gate_up_shape, expert.down_shape)
 
 
 @cache
