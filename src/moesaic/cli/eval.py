@@ -1,4 +1,4 @@
-"""`moesaic eval MODEL --data PATH`: bits per byte and perplexity per domain."""
+"""`moesaic eval MODEL --data PATH`: bits per byte and perplexity per domain; `--efficiency`: what writing takes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import typer
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from moesaic.cli import options
+from moesaic.cli import efficiency, options
 from moesaic.cli.common import Debug, Json, console, emit, progress_console, single
 from moesaic.cli.loading import open_model, open_streamed, streaming
 from moesaic.core.documents import read_documents, select
@@ -39,16 +39,26 @@ def evaluate(
     lossy: options.Lossy = None,
     seed: Annotated[int | None, typer.Option(help="With --max-bytes: sample documents with this seed.")] = None,
     compare_compressors: Annotated[bool, typer.Option(help="Also xz -9 and zstd -19 on each domain.")] = False,
+    measure_efficiency: Annotated[
+        bool,
+        typer.Option("--efficiency", help="Memory, processor, latency, rate and power while it writes; --data is optional."),
+    ] = False,
+    against: Annotated[
+        str | None, typer.Option(help="With --efficiency and --data: the model that this is a compressed form of.")
+    ] = None,
+    requests: Annotated[int, typer.Option(help="With --efficiency: prompts to answer.")] = 8,
+    new_tokens: Annotated[int, typer.Option(help="With --efficiency: tokens of each answer.")] = 64,
     threads: options.Threads = None,
     trust_remote_code: options.TrustRemoteCode = False,
     json: Json = False,
     debug: Debug = False,
 ) -> None:
     """Score documents: bits per byte (comparable across tokenizers), perplexity per token, per domain and overall."""
-    options.check_text(data, max_bytes, batch_size, threads)
+    efficiency.check(requests, new_tokens, against, data, measure_efficiency)
+    options.check_text(data, max_bytes, batch_size, threads, optional=measure_efficiency)
     from moesaic.evaluation import bits_per_byte as bpb
 
-    documents = select(read_documents(data), max_bytes, seed)
+    documents = select(read_documents(data), max_bytes, seed) if data else []
     options.use_threads(threads)
     if importance is not None and (quantize is None or not quantize.startswith("mixed")):
         raise BadInput("--importance says which experts get fewer bits: give --quantize mixed with it")
@@ -57,26 +67,22 @@ def evaluate(
         raise BadInput(f"--quantize {quantize} needs all experts in memory: leave --memory and --resident out")
     streamed = None
     if streams is None:
-        loaded, tokenizer, _ = open_model(model, dtype, experts=experts, dense_ok=True, trust_remote_code=trust_remote_code)
+        opened = open_model(model, dtype, experts=experts, dense_ok=True, trust_remote_code=trust_remote_code)
     else:
-        (loaded, tokenizer, _), streamed = open_streamed(model, dtype, trust_remote_code=trust_remote_code, **streams)
+        opened, streamed = open_streamed(model, dtype, trust_remote_code=trust_remote_code, **streams)
+    loaded, tokenizer, source = opened
     dtype_name = str(next(loaded.parameters()).dtype).removeprefix("torch.")
     quantized = None
     if quantize is not None:
         quantized = _quantize(loaded, tokenizer, quantize, importance, documents, context, batch_size)
-    columns = (TextColumn("scoring"), BarColumn(), TextColumn("{task.completed:,.0f} / {task.total:,.0f} tokens"))
-    with Progress(*columns, TimeRemainingColumn(), console=progress_console, transient=True) as bar:
-        task = bar.add_task("scoring", total=1)
-        scores = bpb.score_documents(
-            loaded,
-            tokenizer,
-            documents,
-            context=context,
-            stride=stride,
-            batch_size=batch_size,
-            progress=lambda done, total: bar.update(task, completed=done, total=total),
-        )
-    result = bpb.report(model, scores)
+    measured = None
+    if measure_efficiency:  # before scoring, whose batches leave memory behind
+        texts = [document.text for document in documents]
+        measured = efficiency.measure(loaded, tokenizer, source, texts, requests, new_tokens, streamed)
+        if streamed is not None:
+            streamed.engine.clear()
+    scores = _score(loaded, tokenizer, documents, context, stride, batch_size) if documents or measured is None else {}
+    result: dict[str, Any] = bpb.report(model, scores) if scores else {"model": model}
     result["dtype"] = dtype_name
     if quantized is not None:
         result["quantized"] = quantized
@@ -85,6 +91,11 @@ def evaluate(
 
         result |= {**streaming_facts(streamed), "exact": streamed.engine.exact}
     result["context"], result["stride"] = bpb.check_sizes(loaded.config, context, stride)
+    if measured is not None:
+        result["efficiency"] = measured
+        if against is not None:
+            how = {"dtype": dtype, "context": context, "stride": stride, "batch_size": batch_size}
+            measured |= efficiency.compare(measured, result["bits_per_byte"], against, documents, **how)
     if compare_compressors:
         _add_compressors(result, scores)
     unpaid = sum(score.lossy_documents for score in scores.values())
@@ -95,9 +106,31 @@ def evaluate(
     if json:
         emit(result)
     else:
-        console.print(_table(result, compare_compressors))
+        if scores:
+            console.print(_table(result, compare_compressors))
+        if measured is not None:
+            console.print(efficiency.table(measured))
         if streamed is not None:
             console.print(_streaming(result, streamed.engine.lossy), highlight=False)
+
+
+def _score(
+    model: Any, tokenizer: Any, documents: list[Any], context: int | None, stride: int | None, batch_size: int | None
+) -> dict[str, Any]:
+    from moesaic.evaluation import bits_per_byte as bpb
+
+    columns = (TextColumn("scoring"), BarColumn(), TextColumn("{task.completed:,.0f} / {task.total:,.0f} tokens"))
+    with Progress(*columns, TimeRemainingColumn(), console=progress_console, transient=True) as bar:
+        task = bar.add_task("scoring", total=1)
+        return bpb.score_documents(
+            model,
+            tokenizer,
+            documents,
+            context=context,
+            stride=stride,
+            batch_size=batch_size,
+            progress=lambda done, total: bar.update(task, completed=done, total=total),
+        )
 
 
 def _quantize(

@@ -40,12 +40,12 @@ Tune = Annotated[
 ]
 
 
-def check_text(data: str, max_bytes: int | None, batch_size: int | None, threads: int | None) -> None:
-    """Raises BadInput where a command that reads a text got none, or a count below 1."""
+def check_text(data: str, max_bytes: int | None, batch_size: int | None, threads: int | None, optional: bool = False) -> None:
+    """Raises BadInput where a command that reads a text got none, unless it is optional, or a count below 1."""
     for option, value in (("--max-bytes", max_bytes), ("--batch-size", batch_size), ("--threads", threads)):
         if value is not None and value < 1:
             raise BadInput(f"{option} {value}: must be at least 1")
-    if not data:
+    if not data and not optional:
         raise BadInput("--data is missing: name a text file, a file of {text, domain} JSON lines, or a folder of them")
 
 
