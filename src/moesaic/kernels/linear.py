@@ -9,48 +9,56 @@ Shape legend: T rows, A input width, B output width.
 
 from __future__ import annotations
 
+from functools import cache
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from moesaic.kernels.few_rows import MOST_ROWS, MULTIPLE, available, bits
+from moesaic.kernels.few_rows import MOST_ROWS, MULTIPLE, available
 
 MOST_NORMED = 1 << 14
 """Numbers up to which one core norms them faster than several operations on all of them."""
 
 
-def _on_cpu(x: Tensor) -> bool:
-    return x.dtype == torch.bfloat16 and x.device.type == "cpu" and not torch.is_grad_enabled() and available()
-
-
 def suits_linear(weight_BA: Tensor) -> bool:
     """Whether the compiled pass can read this matrix."""
-    return weight_BA.dtype == torch.bfloat16 and weight_BA.is_contiguous() and weight_BA.shape[1] % MULTIPLE == 0
+    return weight_BA.dtype is torch.bfloat16 and weight_BA.is_contiguous() and weight_BA.shape[1] % MULTIPLE == 0
 
 
 def few_rows_linear(x: Tensor, weight_BA: Tensor, bias_B: Tensor | None = None) -> Tensor:
     """x [..., A] @ weight.T + bias as [..., B]: compiled for up to four rows of bf16 without gradients, else PyTorch's."""
-    width = weight_BA.shape[1]
-    if not (0 < x.numel() <= MOST_ROWS * width and _on_cpu(x) and suits_linear(weight_BA)):
+    outputs, width = weight_BA.shape
+    numbers = x.numel()
+    if not (0 < numbers <= MOST_ROWS * width and _is_plain(x) and suits_linear(weight_BA)):
         return linear(x, weight_BA, bias_B)
-    from moesaic.kernels.compiled import pool
-    from moesaic.kernels.compiled.rows_by_matrix import product
-
-    cores = pool.join()
-    y_TB = torch.empty(x.numel() // width, weight_BA.shape[0], dtype=torch.bfloat16)
-    product(bits(x.detach().reshape(-1, width)), bits(weight_BA), bits(y_TB), cores)
-    if bias_B is not None:
-        y_TB += bias_B
-    return y_TB.view(*x.shape[:-1], -1)
+    compiled, cores = _compiled()
+    y = x.new_empty(*x.shape[:-1], outputs)
+    x = x.contiguous()
+    compiled.product(x.data_ptr(), weight_BA.data_ptr(), y.data_ptr(), numbers // width, width, outputs, cores())
+    return y if bias_B is None else y.add_(bias_B)
 
 
 def few_rows_norm(x: Tensor, weight_A: Tensor, eps: float) -> Tensor | None:
     """weight * bf16(x / rms(x)) over the last axis, for few rows of bf16 without gradients; None where it has no pass."""
-    if not (0 < x.numel() <= MOST_NORMED and weight_A.dtype == torch.bfloat16 and _on_cpu(x)):
+    width, numbers = weight_A.shape[0], x.numel()
+    if not (0 < numbers <= MOST_NORMED and weight_A.dtype is torch.bfloat16 and _is_plain(x)):
         return None
-    from moesaic.kernels.compiled.rows_by_matrix import norm
+    compiled, _ = _compiled()
+    x = x.contiguous()
+    made = torch.empty_like(x)
+    compiled.norm(x.data_ptr(), weight_A.data_ptr(), made.data_ptr(), numbers // width, width, eps)
+    return made
 
-    rows = x.detach().reshape(-1, weight_A.shape[0])
-    made = torch.empty_like(rows)
-    norm(bits(rows), bits(weight_A), eps, bits(made))
-    return made.view(x.shape)
+
+def _is_plain(x: Tensor) -> bool:
+    return x.dtype is torch.bfloat16 and x.is_cpu and not torch.is_grad_enabled() and available()
+
+
+@cache
+def _compiled() -> tuple[Any, Any]:
+    """The compiled passes, and what gives the number of cores: Numba is imported at their first use."""
+    from moesaic.kernels.compiled import pool, rows_by_matrix
+
+    return rows_by_matrix, pool.join

@@ -12,6 +12,7 @@ from transformers.integrations import moe as transformers_moe
 from moesaic.core.errors import BadInput
 from moesaic.core.routing import Dispatch
 from moesaic.kernels import Form, dispatch_slots, expert_mlp
+from moesaic.view.one_token import one_token
 
 NAME = "moesaic"
 
@@ -24,6 +25,10 @@ def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k
     streamed = getattr(self, STREAMED, None)
     if hasattr(streamed, "routed"):  # it sorts the pairs itself, where it has brought their ids to the host
         return streamed.routed(hidden_states, top_k_index, top_k_weights)
+    if streamed is None and hidden_states.shape[0] == 1:
+        y_1D = one_token(self, form_of, hidden_states, top_k_index, top_k_weights)
+        if y_1D is not None:
+            return y_1D
     dispatch = dispatch_slots(top_k_index, top_k_weights, self.down_proj.shape[0])
     if streamed is not None:
         return streamed(hidden_states, dispatch, top_k_index)
