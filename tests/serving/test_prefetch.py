@@ -91,7 +91,7 @@ def test_the_future_is_refused_in_words(checkpoint):
 def at_once(streamed, one_by_one):
     """Every guess has arrived before anything else happens; of some policies, before the next guess."""
     ahead, policy = streamed.engine.prefetch, streamed.engine.policy
-    ask, prefetch, one = ahead.ask, policy.prefetch, streamed.engine.layers[0].bytes
+    ask, prefetch, one = ahead.ask, policy.prefetch, streamed.engine.layers[0].bytes_E[0]
     if one_by_one:
         policy.prefetch = lambda budget: prefetch(one)
 

@@ -123,7 +123,7 @@ def test_the_compiled_passes_are_bitwise_equal(checkpoint, share, policy):
             assert torch.equal(streamed.model(checkpoint.ids).logits, checkpoint.logits)
         assert torch.equal(answer(streamed.model, checkpoint.ids), checkpoint.tokens)
         stats = streamed.stats
-        size = streamed.engine.layers[0].bytes
+        size = streamed.engine.layers[0].bytes_E[0]
         missed = stats.accesses - stats.hits
         assert stats.read_bytes == missed * size
         assert stats.stall_seconds > 0 or not missed
@@ -158,7 +158,7 @@ def test_a_prompt_reads_each_expert_once_per_layer(checkpoint):
         run(streamed.model, {"input_ids": checkpoint.ids})
         asked = streamed.stats.accesses
         assert 24 < asked <= 32  # of 66 choices in each of 4 layers of 8 experts: nearly all of them, each once
-        assert streamed.stats.read_bytes == asked * streamed.engine.layers[0].bytes
+        assert streamed.stats.read_bytes == asked * streamed.engine.layers[0].bytes_E[0]
 
 
 def test_outside_of_the_model_and_under_hooks(checkpoint):

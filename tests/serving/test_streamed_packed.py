@@ -115,7 +115,7 @@ def test_the_compiled_passes_read_each_expert_at_once(checkpoint, mode):
         stats = streamed.stats
         assert not streamed.engine.layers[0].aside
         assert stats.reads == stats.accesses - stats.hits
-        assert stats.read_bytes == stats.reads * streamed.engine.layers[0].bytes
+        assert stats.read_bytes == stats.reads * streamed.engine.layers[0].bytes_E[0]
 
 
 def test_what_lies_in_the_files(checkpoint):
@@ -160,9 +160,10 @@ def test_rounded_experts(small, tmp_path, bits):
         one = {"input_ids": small.ids[:, :1]}  # few rows, another pass
         assert torch.equal(run(streamed.model, one), run(whole, one))
         layer = streamed.engine.layers[0]
-        assert layer.bytes == sum(plan.contents.blocks[0].sizes[bits])  # slots hold the records
-        assert streamed.engine.held_bytes <= streamed.engine.plan.budget_bytes + streamed.engine._slots[layer.kind].count * 256
-        assert streamed.engine.shape.total_bytes == 16 * layer.bytes
+        assert layer.bytes_E == [sum(plan.contents.blocks[0].sizes[bits])] * 8  # slots hold the records
+        slots = streamed.engine._slots[layer.kinds[0]]
+        assert streamed.engine.held_bytes <= streamed.engine.plan.budget_bytes + slots.count * 256
+        assert streamed.engine.shape.total_bytes == 16 * layer.bytes_E[0]
     error = (logits.float() - small.logits.float()).norm() / small.logits.float().norm()
     assert 0 < error < {8: 0.05, 4: 0.4, 2: 2.0}[bits]
 

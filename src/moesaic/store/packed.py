@@ -58,10 +58,9 @@ class Block:
     sizes: dict[int, tuple[int, int]]
 
     @property
-    def record_bits(self) -> int | None:
-        """Bits of all its experts where they are quantised alike, so that records are computed from as they lie."""
-        alike = len(set(self.bits_E)) == 1 and self.bits_E[0] in QUANTISED
-        return self.bits_E[0] if alike else None
+    def as_records(self) -> bool:
+        """Whether all its experts are quantised, alike or not, so that records are computed from as they lie."""
+        return all(bits in QUANTISED for bits in self.bits_E)
 
     def record_bytes(self, e: int) -> int:
         """With padding."""

@@ -164,18 +164,19 @@ def replay(
     sequences: np.ndarray | None = None,
     history: History | None = None,
     expert_bytes: int | None = None,
+    shape: Shape | None = None,
     resident_bytes: int | None = None,
     progress: Progress | None = None,
 ) -> Result:
     """Simulate `policy` (a registered name, or a built one) on `trace` with a cache of `capacity_bytes`.
 
     `as_decode`, `batch` and `sequences`: see `order.in_order`. `history`: what the policy learns from (`history_of`).
-    `expert_bytes`, `resident_bytes`: other sizes than the trace's. Raises MissingNeed where the policy needs what the trace
-    or the history lacks.
+    `expert_bytes`, `resident_bytes`: other sizes than the trace's; `shape`: what a running engine caches, expert by expert.
+    Raises MissingNeed where the policy needs what the trace or the history lacks.
     """
     built = registry.get("policies", policy).build() if isinstance(policy, str) else policy
     hardware = hardware or Hardware()
-    shape = shape_of(trace, expert_bytes)
+    shape = shape_of(trace, expert_bytes) if shape is None else shape
     _signals(trace, built)
     if history is not None and built.learns and built.history is not history:
         built.learn(history)
@@ -188,7 +189,7 @@ def replay(
     if given.experts_TLK is not None:
         trace = Trace(trace.header, {**trace.columns, "experts": given.experts_TLK}, trace.path)
     run = _Run(trace, order, built, hardware, resident_bytes)
-    preloaded = int((shape.bytes_L * built.state.layer[S.FILLED]).sum())
+    preloaded = int(shape.sizes_LE[built.state.cell[S.RESIDENT] != S.ABSENT].sum())
     took = run.all(given.guess_TLM, given.demand_WL, progress)
     notes = list(given.notes)
     if built.learns and built.history is not None:
@@ -245,5 +246,5 @@ class _Run:
     def unused(self) -> int:
         """Bytes of guesses that nothing has used by the end."""
         c = self.policy.state
-        left = int(((c.cell[S.GUESS] > 0) * c.layer[S.BYTES][:, None]).sum())
+        left = int(c.cell[S.SIZE][c.cell[S.GUESS] > 0].sum())
         return left - int(self.mark[sim.FLIGHT_LEFT])

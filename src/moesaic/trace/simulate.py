@@ -166,7 +166,7 @@ def fetch_ahead(c, m, hw, seconds, count_CL, mark):
             skip_layer(c)
             continue
         count_CL[EVICTIONS, l] += c.note[S.GONE] - gone
-        mark[FLIGHT_L], mark[FLIGHT_E], mark[FLIGHT_LEFT] = l, e, c.layer[S.BYTES, l]
+        mark[FLIGHT_L], mark[FLIGHT_E], mark[FLIGHT_LEFT] = l, e, c.cell[S.SIZE, l, e]
         budget -= hw[H.LINK_WAIT] * hw[H.LINK_BW]
 
 
@@ -183,7 +183,7 @@ def land(c, l, count_CL, mark):
         c.note[S.SPENT] -= left
         return left
     if not c.cell[S.GUESS, fl, fe]:
-        c.note[S.WASTED] += c.layer[S.BYTES, fl] - left
+        c.note[S.WASTED] += c.cell[S.SIZE, fl, fe] - left
         mark[FLIGHT_LEFT] = 0
     return 0
 
@@ -191,7 +191,6 @@ def land(c, l, count_CL, mark):
 @inlined
 def book(c, l, n, filled, free, count_CL):
     """Count what became of an event's experts. `free`: bytes that were unused before it."""
-    size = c.layer[S.BYTES, l]
     count_CL[ACCESSES, l] += n
     count_CL[CHOICES, l] += filled
     count_CL[EVICTIONS, l] += c.note[S.GONE]
@@ -204,6 +203,7 @@ def book(c, l, n, filled, free, count_CL):
             count_CL[HITS, l] += 1
             count_CL[FIRST_HITS, l] += int(new)
             continue
+        size = c.cell[S.SIZE, l, e]
         if new and free >= size and c.note[S.ADMIT]:
             count_CL[WARM, l] += 1
             free -= size
@@ -257,7 +257,7 @@ def drive(
             took, link = timelines(c, hw, l, n, late)
             least = 0.0
             for i in range(n):
-                least += t_gpu(hw, c.event[S.TOKENS, i], c.layer[S.BYTES, l])
+                least += t_gpu(hw, c.event[S.TOKENS, i], c.cell[S.SIZE, l, c.event[S.IDS, i]])
             time[SECONDS] += took
             time[STALL] += max(0.0, took - least)
             time[LINK] += link

@@ -58,7 +58,7 @@ def with_weights(model_class: Any, load_weights: Callable) -> Any:
 def with_experts(model_class: Any, packed: Packed, widened: bool) -> Any:
     """The same, which loads what transformers loads and then the records as stacked parameters.
 
-    Blocks that are quantised alike stay records, from which our kernels compute, unless they are to be `widened`.
+    Blocks whose experts are all quantised stay records, from which our kernels compute, unless they are to be `widened`.
     """
 
     def load_weights(model: Any, *arguments: Any) -> Any:
@@ -81,7 +81,7 @@ def stacked(model: Any, packed: Packed, widened: bool) -> dict[str, Tensor]:
     own, made = model.state_dict(), {}
     with Reader("keep") as reader:
         for name, (block, which) in places(model, packed).items():
-            if block.record_bits is not None and not widened:
+            if block.as_records and not widened:
                 made[name] = torch.empty_like(own[name], device="meta")
             else:
                 made[name] = _stack(packed, block, which, own[name].dtype, reader)
@@ -89,26 +89,26 @@ def stacked(model: Any, packed: Packed, widened: bool) -> dict[str, Tensor]:
 
 
 def _put_records(model: Any, packed: Packed) -> None:
-    """Read the records of blocks that are quantised alike, and have their experts computed from them."""
+    """Read the records of blocks whose experts are all quantised, and have these computed from them."""
     blocks = {block.name: block for block in packed.contents.blocks}
     modules = dict(model.named_modules())
     with Reader("keep") as reader:
         for name in dict.fromkeys(name.rpartition(".")[0] for name in discover.expert_parameters(model)):
             block, count = blocks[name], len(blocks[name].bits_E)
-            if block.record_bits is None:
+            if not block.as_records:
                 continue
-            first, second = block.sizes[block.record_bits]
-            records = torch.empty(count, first + second, dtype=torch.uint8)
-            held = [records[e].split([first, second]) for e in range(count)]
+            sizes = [size for bits in block.bits_E for size in block.sizes[bits]]
+            records = torch.empty(sum(sizes), dtype=torch.uint8)
+            pieces = records.split(sizes)
+            held = list(zip(pieces[::2], pieces[1::2], strict=True))
             reader.fetch([(packed.matrix(block, e, m), held[e][m]) for e in range(count) for m in (0, 1)]).wait()
-            bank = QuantizedBank(tuple(as_expert(packed, block, *pair) for pair in held), records)
+            bank = QuantizedBank(tuple(as_expert(packed, block, e, *pair) for e, pair in enumerate(held)), records)
             setattr(modules[name], implementation.STREAMED, Computed(modules[name], bank))
 
 
-def as_expert(packed: Packed, block: Block, gate_up: Tensor, down: Tensor) -> QuantizedExpert:
-    """An expert of a block that is quantised alike, from its records in memory."""
-    assert block.record_bits is not None
-    packing = _packing(packed, block.record_bits)
+def as_expert(packed: Packed, block: Block, e: int, gate_up: Tensor, down: Tensor) -> QuantizedExpert:
+    """A quantised expert, from its records in memory."""
+    packing = _packing(packed, block.bits_E[e])
     return QuantizedExpert(gate_up, down, packing, packing, upright(block, 0), upright(block, 1))
 
 

@@ -20,6 +20,7 @@ from moesaic.trace.policies.batching import next_batch
 from moesaic.trace.policies.history import History
 from moesaic.trace.policies.learned import EPSILON, store_request
 from moesaic.trace.policies.masks import mask
+from moesaic.trace.policies.policy import Shape
 from moesaic.trace.policies.regroup import objective, regroup, regrouped
 from moesaic.trace.replay import history_of
 
@@ -435,15 +436,15 @@ def test_the_batcher_starves_nobody_and_takes_the_longest_queue_first():
 
 def test_masks():
     rng = np.random.default_rng(0)
-    counts, experts, sizes = rng.integers(0, 99, (4, 6)), np.full(4, 6), np.ones(4, int)
-    best = mask("frequency", 9, experts, sizes, counts)
+    counts, shape = rng.integers(0, 99, (4, 6)), Shape(np.full(4, 6), np.ones(4, int), 2)
+    best = mask("frequency", 9, shape, counts)
     assert best.sum() == 9
     for seed in range(20):
-        other = mask("random", 9, experts, sizes, seed=seed)
+        other = mask("random", 9, shape, seed=seed)
         assert other.sum() == 9 and counts[best].sum() >= counts[other].sum()
-    assert mask("uniform", 9, experts, sizes, counts).sum(1).tolist() == [3, 2, 2, 2]
-    assert mask("front_loading", 9, experts, sizes).sum(1).tolist() == [6, 3, 0, 0]
-    assert mask("back_loading", 9, experts, sizes).sum(1).tolist() == [0, 0, 0, 6]
+    assert mask("uniform", 9, shape, counts).sum(1).tolist() == [3, 2, 2, 2]
+    assert mask("front_loading", 9, shape).sum(1).tolist() == [6, 3, 0, 0]
+    assert mask("back_loading", 9, shape).sum(1).tolist() == [0, 0, 0, 6]
     with pytest.raises(BadInput, match="nonsense"):
         build("static", mask="nonsense")
 

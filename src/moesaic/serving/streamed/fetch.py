@@ -48,9 +48,9 @@ class Fetch:
         return self._ticket.moved_bytes
 
 
-def in_place(source: Sourced, dtype: torch.dtype) -> bool:
-    """Whether an expert's stored bytes are the very bytes of its slot."""
-    return source.order is not None and source.ranges(0)[0].dtype == dtype
+def in_place(source: Sourced, e: int, dtype: torch.dtype) -> bool:
+    """Whether the stored bytes of expert e are the very bytes of its slot."""
+    return source.order is not None and source.ranges(e)[0].dtype == dtype
 
 
 def fetch(reader: Reader, e: int, matrices: list[tuple[Sourced, Tensor]], prefetch: bool = False) -> Fetch:
@@ -59,7 +59,7 @@ def fetch(reader: Reader, e: int, matrices: list[tuple[Sourced, Tensor]], prefet
     after: list[Callable[[], None]] = []
     for source, matrix in matrices:
         ranges = source.ranges(e)
-        if in_place(source, matrix.dtype):
+        if in_place(source, e, matrix.dtype):
             assert source.order is not None
             ordered = [ranges[i] for i in source.order]
             parts = matrix.view(-1).split([stored.nbytes // matrix.element_size() for stored in ordered])

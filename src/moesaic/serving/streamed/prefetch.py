@@ -94,7 +94,7 @@ class Prefetch:
         fetch = self.flying.pop((layer.number, e), None)
         self._waste((layer.number, e), fetch)
         if fetch is None:
-            layer.slots.give(layer.held.pop(e))
+            layer.give(e)
         else:
             fetch.drop()
             self._retire(layer, e, fetch)
@@ -109,8 +109,8 @@ class Prefetch:
 
     def retire(self, layer: Layer, slot: int, fetch: Fetch) -> None:
         """Give a slot back once no thread writes to it."""
-        slots = layer.slots
-        self._dropped.append((lambda: slots.give(slot), fetch))
+        slots, index = layer.place(slot)
+        self._dropped.append((lambda: slots.give(index), fetch))
         self._reclaim()
 
     def _reclaim(self) -> None:
@@ -149,15 +149,15 @@ class Prefetch:
 
     def _fetch(self, layer: Layer, e: int) -> None:
         try:
-            slot = layer.slots.take()
+            slot = layer.take(e)
         except IndexError:  # every slot is in use for the moment
             self.engine.policy.lost(layer.number, e)
             return
-        layer.held[e] = slot
+        self.engine.trim()
         self.flying[layer.number, e] = self.engine._into(layer, e, slot, prefetch=True)
-        self.guesses[layer.number, e] = layer.bytes
-        self._left -= layer.bytes
-        self.engine._stats.prefetched_bytes += layer.bytes
+        self.guesses[layer.number, e] = layer.bytes_E[e]
+        self._left -= layer.bytes_E[e]
+        self.engine._stats.prefetched_bytes += layer.bytes_E[e]
 
 
 def believe(policy: Policy, layers: list[Layer], at: int, choice: Choice) -> None:

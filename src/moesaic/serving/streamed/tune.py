@@ -114,7 +114,8 @@ def link_of(streamed: Streamed) -> float:
         if size >= TIMED_BYTES:
             break
         some.append(places[at])
-        size += places[at][0].bytes
+        layer, e = places[at]
+        size += layer.bytes_E[e]
     before, began = engine.reader.counters.bytes, time.perf_counter()
     tickets: list[Any] = []
     for layer, e in some:
@@ -171,7 +172,15 @@ def _row(
             if against is not None:
                 raise BadInput(against)
         result = replay(
-            trace, policy, capacity, machine, as_decode=as_decode, sequences=rest, history=history, resident_bytes=0
+            trace,
+            policy,
+            capacity,
+            machine,
+            as_decode=as_decode,
+            sequences=rest,
+            history=history,
+            shape=shape,
+            resident_bytes=0,
         )
     except BadInput as error:
         return {**row, "reason": str(error), "hit_rate": None, "tokens_per_second": None}

@@ -28,7 +28,7 @@ class Wave:
         self, engine: Engine, layer: Layer, loads: list[int], streamed: set[int], late: dict[int, Fetch] | None = None
     ) -> None:
         self.engine, self.layer, self.streamed = engine, layer, streamed
-        self.free = engine._staging[layer.kind]
+        self.free = [engine._staging[kind] for kind in layer.kinds]
         self.ahead = AHEAD_ASIDE if layer.aside else AHEAD
         self.late = set(late or ())
         self.passing: list[int] = []
@@ -71,8 +71,9 @@ class Wave:
             part: list[Span] = []
             while at < len(spans):
                 self.ask()
-                while queue and self.free and len(staged) < self.ahead:
-                    e, slot = queue.popleft(), self.free.pop()
+                while queue and len(staged) < self.ahead and (free := self.free[self.layer.kind_E[queue[0]]]):
+                    e = queue.popleft()
+                    slot = self.layer.slot(e, free.pop())
                     staged[e] = slot, self.engine._into(self.layer, e, slot, matrix)
                 e, start, end = spans[at]
                 if e in self.streamed and e not in staged:
@@ -91,4 +92,4 @@ class Wave:
             yield part
             used = {slot for slot, _, _ in part}
             for e in [e for e, (slot, _) in staged.items() if slot in used]:
-                self.free.append(staged.pop(e)[0])
+                self.free[self.layer.kind_E[e]].append(self.layer.place(staged.pop(e)[0])[1])

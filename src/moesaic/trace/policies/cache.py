@@ -19,7 +19,7 @@ DEMAND = 1 << 61
 def drop(c, l, e):
     """Take expert e of layer l out of the cache."""
     group = c.layer[S.GROUP, l]
-    size = c.layer[S.BYTES, l]
+    size = c.cell[S.SIZE, l, e]
     if c.cell[S.RESIDENT, l, e] == S.STAGED or c.cell[S.RESIDENT, l, e] == S.STAGING:
         c.note[S.STAGE_ROOM] += size
     else:
@@ -42,7 +42,7 @@ def drop(c, l, e):
 @inlined
 def put(c, l, e, how):
     """Give expert e of layer l a place that was made free for it."""
-    size = c.layer[S.BYTES, l]
+    size = c.cell[S.SIZE, l, e]
     c.group[S.ROOM, c.layer[S.GROUP, l]] -= size
     at = c.layer[S.FILLED, l]
     c.cell[S.SLOT, l, at] = e
@@ -69,7 +69,7 @@ def evict(c, l, e):
         c.gone[at, 0] = l
         c.gone[at, 1] = e
     c.note[S.GONE] = at + 1
-    forget_guess(c, l, e, c.layer[S.BYTES, l])
+    forget_guess(c, l, e, c.cell[S.SIZE, l, e])
     drop(c, l, e)
 
 
@@ -126,7 +126,7 @@ def victim(c, l, before, guarded):
 def make_room(c, l, e, before, guarded):
     """Evict until expert e of layer l fits. False, with what has left gone, where it cannot."""
     group = c.layer[S.GROUP, l]
-    size = c.layer[S.BYTES, l]
+    size = c.cell[S.SIZE, l, e]
     kept = guarded > DEMAND
     if c.group[S.CAPACITY, group] < size:
         return False
@@ -156,7 +156,7 @@ def protect(c, l, e):
     limit = c.number[S.SHARE] * c.group[S.CAPACITY, group]
     if c.cell[S.PART, l, e] != 2:
         c.cell[S.PART, l, e] = 2
-        c.group[S.PART_BYTES, group] += c.layer[S.BYTES, l]
+        c.group[S.PART_BYTES, group] += c.cell[S.SIZE, l, e]
     while c.group[S.PART_BYTES, group] > limit:
         old_l = -1
         old = -1
@@ -172,7 +172,7 @@ def protect(c, l, e):
         if old < 0:
             return
         c.cell[S.PART, old_l, old] = 1
-        c.group[S.PART_BYTES, group] -= c.layer[S.BYTES, old_l]
+        c.group[S.PART_BYTES, group] -= c.cell[S.SIZE, old_l, old]
         c.note[S.STAMP] += 1
         c.cell[S.STAMPED, old_l, old] = c.note[S.STAMP]
         c.real[S.KEEP, old_l, old] = c.note[S.STAMP]
@@ -226,7 +226,7 @@ def look_up(c, l, n):
         if r != S.ABSENT and c.cell[S.GUESS, l, e]:
             c.cell[S.GUESS, l, e] = 0
             c.layer[S.GUESSES, l] -= 1
-            c.note[S.SPENT] += c.layer[S.BYTES, l]
+            c.note[S.SPENT] += c.cell[S.SIZE, l, e]
         if r == S.COMING or r == S.STAGING:
             c.cell[S.RESIDENT, l, e] = S.HERE if r == S.COMING else S.STAGED
 
@@ -243,7 +243,7 @@ def bring_in(c, l, n, tokens):
         if staged:
             drop(c, l, e)
         if (c.event[S.ACT, i] == S.LOAD and not c.event[S.ON_HOST, i]) or staged:
-            free = c.group[S.ROOM, group] >= c.layer[S.BYTES, l]
+            free = c.group[S.ROOM, group] >= c.cell[S.SIZE, l, e]
             if c.note[S.ADMIT] and (free or not wave) and make_room(c, l, e, before, c.note[S.SERIAL] + DEMAND):
                 put(c, l, e, S.HERE)
                 if c.note[S.RULE] == S.ARC:
@@ -267,7 +267,7 @@ def settle(c, l):
             continue
         r = c.cell[S.RESIDENT, l, e]
         if r != S.HERE:
-            forget_guess(c, l, e, c.layer[S.BYTES, l] if r == S.STAGED else 0)
+            forget_guess(c, l, e, c.cell[S.SIZE, l, e] if r == S.STAGED else 0)
             drop(c, l, e)
         else:
             c.real[S.KEEP, l, e] = S.LOWEST
@@ -278,7 +278,7 @@ def settle(c, l):
 @compiled
 def reserve(c, l, e):
     """Make room for a guess and mark it as on its way. False where nothing may leave for it."""
-    size = c.layer[S.BYTES, l]
+    size = c.cell[S.SIZE, l, e]
     if c.note[S.STAGE]:
         if c.note[S.STAGE_ROOM] < size:
             return False

@@ -32,6 +32,8 @@ class Fate(Policy):
 
     def slots(self) -> np.ndarray:
         experts_L, bytes_L = self.shape.experts_L, self.shape.bytes_L
+        if self.capacity_bytes >= self.shape.total_bytes:
+            return experts_L.copy()
         left, slots_L = self.capacity_bytes, np.zeros(len(experts_L), np.int64)
         whole = 0
         while whole < min(self.shallow, len(experts_L)) and experts_L[whole] * bytes_L[whole] <= left:

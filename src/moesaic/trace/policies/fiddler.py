@@ -48,7 +48,6 @@ class Fiddler(Policy):
         note, number = self.state.note, self.state.number
         note[S.ADMIT], note[S.MEASURED] = 0, int(self.measured)
         number[S.CPU_COST], number[S.GPU_COST] = self.latency_cpu, self.latency_gpu
-        shape = self.shape
-        chosen_LE = mask("frequency", self.capacity_bytes, shape.experts_L, shape.bytes_L, self.history.counts_LE)
+        chosen_LE = mask("frequency", self.capacity_bytes, self.shape, self.history.counts_LE)
         for layer, chosen_E in enumerate(chosen_LE):
             self.place(layer, chosen_E.nonzero()[0])

@@ -63,6 +63,7 @@ class HybriMoE(Policy):
         note[S.WHERE] = S.SCHEDULE if self.host else S.MOVE
         note[S.HOST_TOKENS] = self.host_tokens or np.iinfo(np.int64).max
         if self.preload:
-            for layer, free in enumerate(self.state.group[S.ROOM] // self.shape.bytes_L):
-                for e in range(free):
-                    put(self.state, layer, e, S.HERE)
+            for layer, experts in enumerate(self.shape.experts_L):
+                for e in range(experts):
+                    if self.shape.sizes_LE[layer, e] <= self.state.group[S.ROOM, layer]:
+                        put(self.state, layer, e, S.HERE)

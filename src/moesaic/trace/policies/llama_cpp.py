@@ -29,6 +29,6 @@ class LlamaCpp(Policy):
     def setup(self) -> None:
         self.state.note[S.ADMIT] = 0
         self.state.note[S.HOST_TOKENS] = self.copy_tokens
-        chosen_LE = mask("back_loading", self.capacity_bytes, self.shape.experts_L, self.shape.bytes_L)
+        chosen_LE = mask("back_loading", self.capacity_bytes, self.shape)
         for layer, chosen_E in enumerate(chosen_LE):
             self.place(layer, chosen_E.nonzero()[0])

@@ -11,7 +11,6 @@ import numpy as np
 from moesaic.core.errors import BadInput
 from moesaic.core.registry import register
 from moesaic.trace.policies import state as S
-from moesaic.trace.policies.allocation import split
 from moesaic.trace.policies.policy import Policy
 
 
@@ -32,13 +31,13 @@ class MixtralOffloading(Policy):
         self.speculate, self.staging = speculate, staging
 
     def slots(self) -> np.ndarray:
-        size = int(self.shape.bytes_L.max())
+        size = int(self.shape.sizes_LE.max())
         wanted = min(self.staging, int(self.shape.experts_L.max())) * size if self.speculate else 0
         spare = self.capacity_bytes - int(self.shape.bytes_L.sum())
         # Everything resident leaves nothing to stage.
         everything = self.capacity_bytes >= self.shape.total_bytes
         self.staging_bytes = 0 if everything else max(0, min(wanted, spare // size * size))
-        return split(self.capacity_bytes - self.staging_bytes, self.shape.experts_L, self.shape.bytes_L)
+        return self.split(self.capacity_bytes - self.staging_bytes)
 
     def setup(self) -> None:
         note = self.state.note

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -23,15 +24,37 @@ Scope = Literal["layer", "global"]
 
 @dataclass(frozen=True)
 class Shape:
-    """What is cached: routed experts and bytes of one expert of each layer, and slots per token."""
+    """What is cached: routed experts and bytes of one expert of each layer, and slots per token.
+
+    `bytes_LE`: of each expert, 0 where a layer has no such expert; None: all of a layer have `bytes_L`. Where they differ,
+    `bytes_L` is their mean, rounded up (`Shape.of_experts`).
+    """
 
     experts_L: np.ndarray
     bytes_L: np.ndarray
     top_k: int
+    bytes_LE: np.ndarray | None = None
+
+    @cached_property
+    def sizes_LE(self) -> np.ndarray:
+        """Bytes of each expert, 0 where a layer has no such expert."""
+        if self.bytes_LE is not None:
+            return self.bytes_LE
+        real_LE = np.arange(int(self.experts_L.max())) < self.experts_L[:, None]
+        return real_LE * self.bytes_L[:, None]
+
+    @classmethod
+    def of_experts(cls, sizes: Sequence[Sequence[int]], top_k: int) -> Shape:
+        """`sizes`: bytes of each expert of each layer."""
+        experts_L = np.array([len(row) for row in sizes], np.int64)
+        bytes_LE = np.zeros((len(sizes), int(experts_L.max())), np.int64)
+        for layer, row in enumerate(sizes):
+            bytes_LE[layer, : len(row)] = row
+        return cls(experts_L, -(-bytes_LE.sum(1) // experts_L), top_k, bytes_LE)
 
     @property
     def total_bytes(self) -> int:
-        return int((self.experts_L * self.bytes_L).sum())
+        return int(self.sizes_LE.sum())
 
 
 class Decision(NamedTuple):
@@ -102,8 +125,11 @@ class Policy:
         self.shape, self.capacity_bytes = shape, min(int(capacity_bytes), shape.total_bytes)
         self.hardware = hardware or Hardware()
         whole = self.scope == "global"
-        capacity_G = np.array([self.capacity_bytes]) if whole else self.slots() * shape.bytes_L
-        self.state = S.new_state(shape.experts_L, shape.bytes_L, capacity_G, whole)
+        if whole:
+            capacity_G = np.array([self.capacity_bytes])
+        else:
+            capacity_G = np.minimum(self.slots() * shape.bytes_L, shape.sizes_LE.sum(1))
+        self.state = S.new_state(shape.experts_L, shape.bytes_L, shape.sizes_LE, capacity_G, whole)
         self.memory = self.remember()
         note = self.state.note
         note[S.RULE], note[S.SOURCE], note[S.WHERE] = self.rule, self.source, self.where
@@ -116,7 +142,13 @@ class Policy:
 
     def slots(self) -> np.ndarray:
         """Slots of each layer, where the cache is not one for all."""
-        return split(self.capacity_bytes, self.shape.experts_L, self.shape.bytes_L)
+        return self.split(self.capacity_bytes)
+
+    def split(self, capacity_bytes: int) -> np.ndarray:
+        """Slots of each layer, in proportion to its experts; all of them where everything fits."""
+        if capacity_bytes >= self.shape.total_bytes:
+            return self.shape.experts_L.copy()
+        return split(capacity_bytes, self.shape.experts_L, self.shape.bytes_L)
 
     def remember(self) -> S.Memory:
         """What was learnt, as arrays."""
@@ -204,11 +236,11 @@ class Policy:
         found = []
         while True:
             l, e = next_fetch(c, m, self._hardware)
-            if e < 0 or c.layer[S.BYTES, l] > budget_bytes:
+            if e < 0 or c.cell[S.SIZE, l, e] > budget_bytes:
                 break
             if reserve(c, l, e):
                 found.append((l, e))
-                budget_bytes -= int(c.layer[S.BYTES, l])
+                budget_bytes -= int(c.cell[S.SIZE, l, e])
             else:
                 skip_layer(c)
         return Fetches(np.array(found, np.int64).reshape(-1, 2), c.gone[gone : c.note[S.GONE]].copy())

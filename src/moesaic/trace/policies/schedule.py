@@ -41,11 +41,11 @@ def timelines(c, hw, l, n, late):
 
     `late`: bytes still to come of an expert that was on its way when it was needed.
     """
-    size = c.layer[S.BYTES, l]
     gpu = 0.0
     cpu = 0.0
     missing = 0
     for i in range(n):
+        size = c.cell[S.SIZE, l, c.event[S.IDS, i]]
         if c.event[S.ON_HOST, i]:
             cpu += t_cpu(hw, c.event[S.TOKENS, i], size)
         elif c.event[S.ACT, i] == S.HIT:
@@ -59,6 +59,7 @@ def timelines(c, hw, l, n, late):
                 act = c.event[S.ACT, i]
                 if c.event[S.ON_HOST, i] or act == S.HIT or (act == S.LATE) != (turn == 0):
                     continue
+                size = c.cell[S.SIZE, l, c.event[S.IDS, i]]
                 link += late / hw[H.LINK_BW] if act == S.LATE else t_move(hw, size)
                 gpu = max(gpu, link) + t_gpu(hw, c.event[S.TOKENS, i], size)
     return max(gpu, cpu), link
@@ -116,7 +117,7 @@ def two_ended(hw, size, tokens_n, cached_n, n, order_n, host_n):
 @compiled
 def _miss_costs(c, hw, l, i):
     """Fiddler's costs of one miss: on the host, and copied to the device and computed there."""
-    n, size = c.event[S.TOKENS, i], c.layer[S.BYTES, l]
+    n, size = c.event[S.TOKENS, i], c.cell[S.SIZE, l, c.event[S.IDS, i]]
     if c.note[S.MEASURED]:
         return t_cpu(hw, n, size), t_move(hw, size) + t_gpu(hw, n, size)
     return n * c.number[S.CPU_COST], c.number[S.GPU_COST]

@@ -13,11 +13,12 @@ import numpy as np
 
 # State.real [row, L, E]: what an expert is worth (lower leaves first); tokens of the running request.
 KEEP, REQUEST, REALS = range(3)
-# State.cell [row, L, E]
-RESIDENT, STAMPED, USED_AT, GUARD, SEEN, GUESS, FIXED, PART, SLOT, PLACE, WANT, VOTED, CELLS = range(13)
+# State.cell [row, L, E]; SIZE: bytes of the expert
+RESIDENT, STAMPED, USED_AT, GUARD, SEEN, GUESS, FIXED, PART, SLOT, PLACE, WANT, VOTED, SIZE, CELLS = range(14)
 # State.factor [row, L]: by how much a layer's worths count; least worth of a layer (while not stale); layer's own number.
 SCALE, LOW, TARGET, FACTORS = range(4)
-# State.layer [row, L]; five rows from PARTS on: how many experts are on each of ARC's lists
+# State.layer [row, L]; BYTES: of one expert, the mean where they differ; five rows from PARTS on: how many experts are on
+# each of ARC's lists
 EXPERTS, BYTES, GROUP, FILLED, GUESSES, LOW_STAMP, LOW_AT, STALE, WANTED, PARTS, LAYERS = 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 14
 # State.group [row, G], bytes
 CAPACITY, ROOM, PART_BYTES, GROUPS = range(4)
@@ -88,7 +89,7 @@ def new_memory(layers: int, experts: int, requests: int = 0) -> Memory:
     )
 
 
-def new_state(experts_L: np.ndarray, bytes_L: np.ndarray, capacity_G: np.ndarray, whole: bool) -> State:
+def new_state(experts_L: np.ndarray, bytes_L: np.ndarray, bytes_LE: np.ndarray, capacity_G: np.ndarray, whole: bool) -> State:
     """An empty cache of `capacity_G` bytes for each layer, or, where `whole`, for all together."""
     layers, experts = len(experts_L), int(max(experts_L))
     state = State(
@@ -103,7 +104,7 @@ def new_state(experts_L: np.ndarray, bytes_L: np.ndarray, capacity_G: np.ndarray
         note=np.zeros(NOTES, np.int64),
         gone=np.zeros((layers * experts, 2), np.int64),
     )
-    state.layer[EXPERTS], state.layer[BYTES] = experts_L, bytes_L
+    state.layer[EXPERTS], state.layer[BYTES], state.cell[SIZE] = experts_L, bytes_L, bytes_LE
     state.layer[GROUP] = 0 if whole else np.arange(layers)
     state.layer[STALE] = 1
     state.cell[USED_AT] = state.cell[GUARD] = -1

@@ -36,6 +36,6 @@ class Static(Policy):
         counts_LE = None if self.history is None else self.history.counts_LE
         if self.mask == "frequency" and counts_LE is None:
             raise MissingNeed("policy static counts earlier routing: give it with --learn-from FILE or --learn-share")
-        chosen_LE = mask(self.mask, self.capacity_bytes, self.shape.experts_L, self.shape.bytes_L, counts_LE, self.seed)
+        chosen_LE = mask(self.mask, self.capacity_bytes, self.shape, counts_LE, self.seed)
         for layer, chosen_E in enumerate(chosen_LE):
             self.place(layer, np.flatnonzero(chosen_E))
