@@ -39,13 +39,18 @@ def build(service: Service, *, keys: Sequence[str] = (), max_body: int = BODY, b
     app.state.registry = metrics.registry(service.engine)
     for part in (chat, completions, embeddings, models, metrics, live):
         app.include_router(part.router)
+    answer_errors(app)
+    meter = service.engine.meter
+    app.add_middleware(Gate, keys=keys, max_body=max_body, body_timeout=body_timeout, meter=meter)
+    return app
+
+
+def answer_errors(app: FastAPI) -> None:
+    """Errors of all kinds in OpenAI's shape."""
     app.add_exception_handler(ApiError, _api_error)
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(Exception, _fault)
-    meter = service.engine.meter
-    app.add_middleware(Gate, keys=keys, max_body=max_body, body_timeout=body_timeout, meter=meter)
-    return app
 
 
 def _json(error: ApiError, headers: Any = None) -> Response:

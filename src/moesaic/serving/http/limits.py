@@ -51,7 +51,7 @@ class Gate:
             return
         if body is None:  # the client left in the middle of its request
             return
-        await self.app(scope, _replay(body, receive), sending)
+        await self.app(scope, replay(body, receive), sending)
 
     def _check_key(self, scope: Any, path: str) -> None:
         if not self._digests or path in OPEN_PATHS:
@@ -112,17 +112,18 @@ def _digest(key: str) -> bytes:
     return hashlib.sha256(key.encode()).digest()
 
 
-def _replay(body: bytes, receive: Callable) -> Callable:
+def replay(body: bytes, receive: Callable) -> Callable:
+    """A `receive` that gives a body that was read already, then what comes after it."""
     sent = False
 
-    async def replay() -> Any:
+    async def again() -> Any:
         nonlocal sent
         if sent:
             return await receive()
         sent = True
         return {"type": "http.request", "body": body, "more_body": False}
 
-    return replay
+    return again
 
 
 async def _answer(error: ApiError, send: Callable) -> None:

@@ -5,22 +5,29 @@ from __future__ import annotations
 import logging
 import socket
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import uvicorn
 
 from moesaic.core.errors import BadInput
-from moesaic.serving.http.engine import Engine
 
 log = logging.getLogger("moesaic.serve")
 MARGIN = 5.0
 """Seconds after the grace period in which the last errors reach their clients."""
 
 
+class Runs(Protocol):
+    """What a server starts, closes and waits for: an engine, or a fleet of them."""
+
+    def start(self) -> None: ...
+    def close(self, grace: float = 0.0) -> None: ...
+    def join(self, timeout: float | None = None) -> None: ...
+
+
 class Server(uvicorn.Server):
     """On SIGINT or SIGTERM: nothing new; running requests have `grace` seconds, then a clean error. A second one ends all."""
 
-    def __init__(self, app: Any, engine: Engine, *, grace: float = 30.0, access_log: bool = False) -> None:
+    def __init__(self, app: Any, engine: Runs, *, grace: float = 30.0, access_log: bool = False) -> None:
         config = uvicorn.Config(
             app,
             log_level="info" if access_log else "warning",
