@@ -16,6 +16,16 @@ from moesaic.core.errors import BadInput
 
 def serve(
     model: options.Model = "bundled",
+    models: Annotated[
+        str | None,
+        typer.Option(help="Several models instead, FOLDER,FOLDER or NAME=FOLDER,...: --memory holds those that are asked for."),
+    ] = None,
+    pin: Annotated[
+        list[str] | None, typer.Option(help="With --models: a name that never leaves memory; may be repeated.")
+    ] = None,
+    max_wait: Annotated[
+        float, typer.Option(help="With --models: seconds after which a request goes before those for models in memory.")
+    ] = 10.0,
     name: Annotated[
         list[str] | None, typer.Option(help="Name that requests use; may be repeated. Default: the last part of MODEL.")
     ] = None,
@@ -63,7 +73,19 @@ def serve(
         raise BadInput(f"--max-context {max_context}: must be at least 2 (a token of prompt, a token of answer)")
     if not 0 <= grace < float("inf"):
         raise BadInput(f"--grace {grace}: must be 0 or more")
-    streams = streaming(
+    if not 0 <= max_wait < float("inf"):
+        raise BadInput(f"--max-wait {max_wait}: must be 0 or more")
+    budget = None
+    if models is not None:
+        from moesaic.cli import serve_models as several
+
+        one = {"MODEL": model != "bundled", "--name": bool(name), "--resident": resident is not None, "--tune": tune,
+               "--data": data is not None, "--lossy": lossy is not None, "--prefetch-bytes": prefetch_bytes is not None,
+               "--page-cache": page_cache != "direct", "--device": device not in (None, "cpu")}  # fmt: skip
+        folders, budget = several.named(models), several.budget_of(memory, one)
+    elif pin:
+        raise BadInput("--pin keeps one of several models in memory: give --models with it")
+    streams = None if budget is not None else streaming(
         memory, resident, policy, page_cache, experts, {"--tune": tune, "--data": data is not None}, lossy=lossy,
         prefetch_bytes=prefetch_bytes,
     )  # fmt: skip
@@ -78,6 +100,15 @@ def serve(
     from moesaic.serving.http.server import listen
 
     bound = listen(host, port)  # a port that is taken is known before minutes of loading
+    sizes = {"max_rows": max_rows, "max_waiting": max_waiting, "max_context": max_context, "alone": alone}
+    limits = {"max_body": max_body, "timeout": timeout, "write_timeout": write_timeout, "grace": grace}
+    if budget is not None:
+        several.serve_models(
+            folders, budget, policy=policy, pin=pin or [], max_wait=max_wait, bound=bound, keys=keys, engine=sizes,
+            load={"dtype": dtype, "experts": experts, "dense_ok": dense_ok, "trust_remote_code": trust_remote_code},
+            threads=threads, access_log=access_log, json=json, **limits,
+        )  # fmt: skip
+        return
     if tune:
         from moesaic.cli.tune import tuned
 
@@ -101,15 +132,12 @@ def serve(
         names=name or [Path(str(opened.source)).name if model != "bundled" else model],
         bound=bound,
         keys=keys,
-        engine={"max_rows": max_rows, "max_waiting": max_waiting, "max_context": max_context, "alone": alone},
+        engine=sizes,
         streamed=streamed,
         threads=threads,
-        max_body=max_body,
-        timeout=timeout,
-        write_timeout=write_timeout,
-        grace=grace,
         access_log=access_log,
         json=json,
+        **limits,
     )
 
 
