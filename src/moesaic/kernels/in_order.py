@@ -24,6 +24,10 @@ Matrix = Callable[[int, int], Tensor]
 """(0 gate and up, or 1 down; slot): where that matrix lies."""
 
 
+ALIGNED = 32
+"""Numbers of which a row must hold a multiple to end with a whole vector: two of AVX-512's, in fp32."""
+
+
 class Piece(NamedTuple):
     """Pairs start : end of a dispatch belong to expert e, whose weights lie in `slot` of a stack."""
 
@@ -34,14 +38,22 @@ class Piece(NamedTuple):
 
 
 class InOrder:
-    """One call. `like`: weights of the bank's shape and form (its biases are those of all experts, `[E, .]`); no gradients."""
+    """One call; no gradients.
 
-    def __init__(self, x_TD: Tensor, dispatch: Dispatch, like: Weights) -> None:
+    Args:
+        like: weights of the bank's shape and form; its biases are those of all experts, `[E, .]`.
+        exact: the very bits of `cpu`; without, activations are as cheap as they can be, and equal to rounding.
+    """
+
+    def __init__(self, x_TD: Tensor, dispatch: Dispatch, like: Weights, exact: bool = True) -> None:
         if x_TD.device.type != "cpu" or (torch.is_grad_enabled() and x_TD.requires_grad):
             raise BadInput("streamed experts compute on the CPU and have no backward: run the model under torch.no_grad()")
         self.x_TD, self.dispatch, self.form, self.transposed = x_TD, dispatch, like.form, like.transposed
         self.dtype = compute_dtype(x_TD, like)
         self.wide = torch.promote_types(self.dtype, torch.float32)
+        # elementwise functions take whole vectors one way and the rest of a tensor another, with other last bits: where rows
+        # are no multiple of vectors, an expert's rows must stand where they stand in their block
+        self._in_block = exact and not (like.form.swiglu and like.inner_width % ALIGNED == 0)
         spans = hit_spans(bounds_of(dispatch))
         passes = [compiled for compiled in (many_rows, few_rows) if spans and compiled.fits(like, self.dtype, spans)]
         self._compiled = passes[0] if passes else None
@@ -94,19 +106,21 @@ class InOrder:
         here, size = slice(start - self._first, end - self._first), self._last - self._first
         h_sH = self._product(self._x_sD[here], matrix(0, slot), self.form.gate_up_bias_EH, e, self._h_sH, size, here)
         self._h_sH = h_sH
-        a_sI = self.form.activate(h_sH[here])
+        a_sI = self.form.activate(h_sH)[here] if self._in_block else self.form.activate(h_sH[here])
         if self._a_sI is None:
             self._a_sI = a_sI.new_empty(size, a_sI.shape[1])
         self._a_sI[here] = a_sI
-        y_sD = self._product(self._a_sI[here], matrix(1, slot), self.form.down_bias_ED, e, None, size, here)[here]
-        self._y_SD[start:end] = y_sD if self.form.post is None else self.form.post(y_sD)
+        y_sD = self._product(self._a_sI[here], matrix(1, slot), self.form.down_bias_ED, e, None, size, here)
+        if self.form.post is not None:
+            y_sD = self.form.post(y_sD)
+        self._y_SD[start:end] = y_sD[here]
 
     def _product(
         self, rows_sA: Tensor, stored: Tensor, bias_EB: Tensor | None, e: int, out_sB: Tensor | None, size: int, here: slice
     ) -> Tensor:
         weight_BA = stored.T if self.transposed else stored
         if out_sB is None:
-            out_sB = rows_sA.new_empty(size, weight_BA.shape[0])
+            out_sB = rows_sA.new_zeros(size, weight_BA.shape[0])
         rows_by_weight(rows_sA, weight_BA.unsqueeze(0), None, [(0, 0, rows_sA.shape[0])], out_sB[here])
         if bias_EB is not None:
             out_sB[here] += bias_EB[e].to(out_sB.dtype)

@@ -66,7 +66,7 @@ class Gathered:
 
     def on_host(self, pieces: list[Piece]) -> None:
         if self._host is None:
-            self._host = InOrder(self.device.to_host(self.x_TD), self._dispatch, self._weights)
+            self._host = InOrder(self.device.to_host(self.x_TD), self._dispatch, self._weights, exact=False)
         own = [Piece(e, slot, self._start_E[e], self._start_E[e + 1]) for e, slot, _, _ in pieces]
         self._host.add(own, self._weights, self.layer.below.matrix)
 
