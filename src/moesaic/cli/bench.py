@@ -15,6 +15,7 @@ from moesaic.cli.common import Debug, Json, console, emit, keep, progress_consol
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, no_args_is_help=True, help=__doc__)
 app.command("decode")(bench_models.decode)
 app.command("stream")(bench_models.stream)
+app.command("soak")(bench_models.soak)
 
 
 def _words(text: str) -> tuple[str, ...]:

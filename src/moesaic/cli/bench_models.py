@@ -1,4 +1,4 @@
-"""`moesaic bench decode` and `moesaic bench stream`: whole models, each contestant in a process of its own."""
+"""`moesaic bench decode`, `stream` and `soak`: whole models, generated for it."""
 
 from __future__ import annotations
 
@@ -119,6 +119,40 @@ def stream(
         f"disk: {result['disk_bytes_per_second'] / 1e9:.2f} GB/s in reads of one matrix. of floor: bytes missed over that."
     )
     _notes(result)
+
+
+def soak(
+    minutes: Annotated[float, typer.Option(help="How long.")] = 30.0,
+    size: Size = "tiny",
+    folder: Folder = CACHE,
+    share: Annotated[float, typer.Option(help="Resident share of the expert bytes.")] = 0.25,
+    policy: Annotated[str, typer.Option(help="Cache policy.")] = "lru",
+    threads: Annotated[int, typer.Option(help="CPU threads.")] = 1,
+    out: Out = None,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Stream a generated Qwen3-MoE for a long time, with prompts that change, and see whether its memory stays flat."""
+    from moesaic.bench import soak as bench
+
+    options = bench.Options(folder.expanduser(), size, minutes, share, policy, threads)
+    with progress_console.status("") as status:
+        result = bench.run(options, lambda text: status.update(f"bench soak: {text}"))
+    keep(result, out)
+    if json:
+        emit(result)
+        return
+    console.print(
+        f"{result['minutes']:g} minutes, {result['requests']:,} prompts, {result['tokens']:,} tokens, "
+        f"{result['errors']} errors; hit rate {result['hit_rate']:.1%}, {show_bytes(result['read_bytes'])} read"
+    )
+    console.print(
+        f"resident: {show_bytes(result['first_third_bytes'])} in the first third, "
+        f"{show_bytes(result['last_third_bytes'])} in the last (medians), "
+        f"{result['slope_mb_per_hour']:+,.1f} MB an hour over the last two thirds"
+    )
+    for error in result["first_errors"]:
+        console.print(f"error: {error}")
 
 
 def _table(result: dict[str, Any], *columns: str) -> Table:

@@ -17,6 +17,7 @@ from moesaic.core.files import write_atomically
 from moesaic.report.run_page import Layer, RunPage
 from moesaic.serving.describe import allow_packing, choose_threads, describe, packed_bytes
 from moesaic.serving.generate import Generation, Sampling, encode, generate
+from moesaic.serving.rounding import rounding_of
 from moesaic.serving.stream import token_texts
 from moesaic.serving.streamed.describe import logits_of, streaming_facts
 from moesaic.serving.usage import LayerUsage, Recorder
@@ -49,6 +50,7 @@ class Session:
         self.streamed = streamed
         self.lossy = None if streamed is None or streamed.engine.exact else streamed.engine.lossy
         self.facts["exact"] = self.facts["exact"] and self.lossy is None
+        self.rounding = rounding_of(opened.source)
         self.loss: dict[str, Any] = {}
         self.tuned: dict[str, Any] | None = None
         self.verified: dict[str, bool] | None = None
@@ -130,9 +132,13 @@ class Session:
             table.add_row("exact", f"[yellow]no: {escape(str(self.lossy))} changes which experts run[/yellow]")
         else:
             table.add_row(
-                "exact", "yes: the weights as stored" if facts["exact"] else "no: weights rounded to a narrower dtype"
+                "exact", "yes: the weights as stored" if facts["exact"] else f"[yellow]no: {self._rounded()}[/yellow]"
             )
         self.out.print(table)
+
+    def _rounded(self) -> str:
+        """Why the weights are not those of the checkpoint."""
+        return str(self.rounding) if self.rounding is not None else "weights rounded to a narrower dtype"
 
     def show_prompt(self, text: str) -> None:
         self.out.print()
@@ -289,7 +295,7 @@ class Session:
             routed=min((layer.experts_TK.shape[0] for layer in self.usage), default=0),
             layers=[_layer(layer) for layer in self.usage],
             marks=[(0, "prompt"), (len(turn.prompt_ids), "answer")],
-            made=_made(self.sampling, kernels, facts["exact"], self.lossy),
+            made=_made(self.sampling, kernels, None if facts["exact"] else self._rounded(), self.lossy),
             command=command,
         )
         written = write_atomically(path, page.html())
@@ -320,7 +326,7 @@ def _beside(facts: dict[str, Any]) -> str:
     return f"of {size(facts['total_bytes'])}{packed}, {facts['dtype']}"
 
 
-def _made(sampling: Sampling, kernels: str, exact: bool, lossy: Any = None) -> str:
+def _made(sampling: Sampling, kernels: str, rounded: str | None, lossy: Any = None) -> str:
     drawn = "the most likely token each time" if sampling.temperature == 0 else f"temperature {sampling.temperature:g}"
     parts = [f"moesaic {__version__}; {drawn}, seed {sampling.seed}"]
     if kernels:
@@ -328,7 +334,7 @@ def _made(sampling: Sampling, kernels: str, exact: bool, lossy: Any = None) -> s
     if lossy is not None:
         parts.append(f"{lossy} changed which experts ran: not exact")
     else:
-        parts.append("weights as stored" if exact else "weights rounded to a narrower dtype: not exact")
+        parts.append("weights as stored" if rounded is None else f"{rounded}: not exact")
     return ". ".join(parts) + "."
 
 

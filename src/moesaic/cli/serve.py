@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -167,17 +168,20 @@ def run(
     from moesaic.serving.http.engine import Engine
     from moesaic.serving.http.server import Server, serve
     from moesaic.serving.http.service import Service
+    from moesaic.serving.rounding import rounding_of
+    from moesaic.serving.streamed.describe import live_facts
 
     if streamed is None:
         allow_packing(model)
-    facts = describe(model, source)
+    facts, rounding = describe(model, source), rounding_of(source)
     if streamed is not None and streamed.engine.lossy is not None:
         mode = streamed.engine.lossy
         facts["exact"] = facts["exact"] and streamed.engine.exact
         facts["lossy"] = {"mode": mode.entry.name, "options": mode.options}
     facts["threads"], why = choose_threads(facts, threads)
     made = Engine(model, tokenizer, threads=torch.get_num_threads(), **engine)
-    service = Service(made, names, timeout, write_timeout, facts)
+    live = None if streamed is None else partial(live_facts, streamed.engine)
+    service = Service(made, names, timeout, write_timeout, facts, live)
     app = build(service, keys=keys, max_body=max_body)
     server = Server(app, made, grace=grace, access_log=access_log)
     address, port = bound.getsockname()[:2]
@@ -195,7 +199,9 @@ def run(
         if facts["layers"]:
             shape = f"{facts['layers']} MoE layers of {facts['experts']} experts, top {facts['top_k']}"
             out.print(f"[dim]{shape}; {facts['dtype']} on {facts['device']}, threads {facts['threads']} ({why})[/dim]")
-        if "lossy" in facts and not facts["exact"]:
+        if rounding is not None:
+            out.print(f"[yellow]not exact: {rounding}[/yellow]")
+        if streamed is not None and not streamed.engine.exact:
             out.print(f"[yellow]not exact: {streamed.engine.lossy} changes which experts run[/yellow]")
         if not keys and address not in ("127.0.0.1", "::1"):
             out.print("[yellow]no --api-key: everyone who reaches this address can use it[/yellow]")

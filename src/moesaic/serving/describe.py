@@ -10,13 +10,18 @@ import torch
 from torch import nn
 
 from moesaic.core.errors import NotMoE
+from moesaic.serving.rounding import rounding_of
 
 SMALL = 64_000_000
 """Active bytes per token below which one thread decodes fastest."""
 
 
 def describe(model: Any, source: Any = None) -> dict[str, Any]:
-    """The facts that `moesaic run` prints before its first token; a dense model has no layers of experts."""
+    """The facts that `moesaic run` prints before its first token; a dense model has no layers of experts.
+
+    `exact`: whether the weights are those of the checkpoint, which rounded experts of a packed folder (`rounding`) are not.
+    `total_bytes`: as stored there.
+    """
     from moesaic.view import view
 
     facts: dict[str, Any] = {
@@ -39,7 +44,29 @@ def describe(model: Any, source: Any = None) -> dict[str, Any]:
     facts.update({k: v for k, v in blocks.summary().items() if k in ("layers", "experts", "top_k", "expert_bytes")})
     facts["active_parameters"] = _active(facts["parameters"], blocks)
     facts["kernels"] = _kernels(model, blocks[0])
+    rounding = rounding_of(source)
+    if rounding is not None:
+        facts["exact"], facts["rounding"] = False, rounding.row()
+        facts["total_bytes"] += rounding.expert_bytes - _matrix_bytes(model)
+        facts["expert_bytes"] = rounding.expert_bytes
+        facts["resident_bytes"] += sum(_record_bytes(block.experts) for block in blocks)
     return facts
+
+
+def _matrix_bytes(model: nn.Module) -> int:
+    """Of all experts' stacked matrices, in memory or not."""
+    from moesaic.view.discover import expert_parameters
+
+    own = model.state_dict(keep_vars=True)
+    return sum(matrix.nbytes for matrix in {id(own[name]): own[name] for name in expert_parameters(model)}.values())
+
+
+def _record_bytes(experts: nn.Module) -> int:
+    """Of the records that stand in for a module's matrices."""
+    from moesaic.view.implementation import STREAMED
+
+    bank = getattr(getattr(experts, STREAMED, None), "bank", None)
+    return 0 if bank is None else bank.nbytes
 
 
 def _bytes(model: nn.Module, resident: bool) -> int:

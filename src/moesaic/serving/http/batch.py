@@ -56,6 +56,7 @@ class Batch:
 
     def __init__(self, runner: Runner, rows: list[Row], cache: Any, mask_BL: Tensor) -> None:
         self.runner, self.rows, self._cache, self._mask_BL = runner, rows, cache, mask_BL
+        self._before: list[tuple[Any, ...]] | None = None
 
     @classmethod
     def read(cls, runner: Runner, row: Row, copies: int) -> tuple[Batch, Tensor]:
@@ -92,7 +93,8 @@ class Batch:
         self.rows = self.rows + other.rows
 
     def step(self) -> Tensor:
-        """Feed each row its last token; logits [B, V]."""
+        """Feed each row its last token; logits [B, V]. After an error, `undo` before anything else."""
+        self._before = caches.mark(self._cache) if self.joins else None
         ids_B1 = torch.tensor([[row.last] for row in self.rows], device=self.runner.device)
         positions_B1 = torch.tensor([[row.length] for row in self.rows], device=self.runner.device)
         mask_BL = torch.cat([self._mask_BL, self._mask_BL.new_ones(len(self.rows), 1)], 1)
@@ -101,6 +103,20 @@ class Batch:
         for row in self.rows:
             row.length += 1
         return logits_BV
+
+    def undo(self) -> bool:
+        """Take a failed step back; False where the cache is of a kind that cannot be."""
+        if self._before is None:
+            return False
+        caches.rewind(self._cache, self._before)
+        return True
+
+    def apart(self) -> list[Batch]:
+        """A batch for each row, without the padding of the others."""
+        return [
+            Batch(self.runner, [row], caches.one_row(self._cache, i, row.length), self._mask_BL[[i], -row.length :])
+            for i, row in enumerate(self.rows)
+        ]
 
     def keep(self, wanted: list[bool]) -> None:
         """Rows that are not wanted leave, and so does padding that only they needed."""

@@ -54,6 +54,32 @@ def select(cache: Any, rows: list[int], length: int) -> Any:
     return cache
 
 
+def mark(cache: Any) -> list[tuple[Any, ...]]:
+    """Where a mergeable cache stands now, for `rewind`: nothing is copied."""
+    return [
+        (layer.keys, layer.values, layer.cumulative_length)  # a window forgets: what it had must be kept
+        if isinstance(layer, DynamicSlidingWindowLayer)
+        else (layer.keys.shape[-2] if layer.is_initialized else 0,)
+        for layer in cache.layers
+    ]
+
+
+def rewind(cache: Any, marked: list[tuple[Any, ...]]) -> None:
+    """Take back what a pass that was broken off has put into some layers."""
+    for layer, before in zip(cache.layers, marked, strict=True):
+        if isinstance(layer, DynamicSlidingWindowLayer):
+            layer.keys, layer.values, layer.cumulative_length = before
+        elif layer.is_initialized:
+            layer.keys, layer.values = layer.keys[..., : before[0], :], layer.values[..., : before[0], :]
+
+
+def one_row(cache: Any, row: int, length: int) -> Any:
+    """A mergeable cache of this row's last `length` positions; the given one stays as it is."""
+    own = copy.copy(cache)
+    own.layers = [copy.copy(layer) for layer in cache.layers]
+    return select(own, [row], length)
+
+
 def duplicate(cache: Any) -> Any:
     """A cache with contents of its own, whatever its kind."""
     return copy.deepcopy(cache)

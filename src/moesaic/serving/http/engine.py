@@ -38,6 +38,9 @@ from moesaic.view import View, view
 
 log = logging.getLogger("moesaic.serve")
 
+AGAIN_SECONDS = 5.0
+"""A step that failed is done again row by row for so long."""
+
 
 class Engine:
     """Runs one loaded model for many requests.
@@ -285,23 +288,59 @@ class Engine:
             try:
                 logits_BV = batch.step()
             except ReadFailed as error:
-                self._fail_rows([batch], _unread(error))
+                self._step_apart(batch, error)
                 continue
             except Exception:
                 log.exception("a step over %d rows failed", len(batch.rows))
                 self._fail_rows([batch], ApiError(500, "the model failed while answering; see the server's log"))
                 continue
-            self.meter.stepped(len(batch.rows))
-            counts: dict[int, int] = {}
-            for row in batch.rows:
-                counts[row.job.number] = counts.get(row.job.number, 0) + 1
-            for job in {row.job.number: row.job for row in batch.rows}.values():
-                self.meter.drew(job, counts[job.number])
-            keep = [not self._take(row, logits_V) for row, logits_V in zip(batch.rows, logits_BV, strict=True)]
-            rows = batch.rows
-            batch.keep(keep)
-            self._finish(rows)
+            self._draw(batch, logits_BV)
         self._sweep()
+
+    def _draw(self, batch: Batch, logits_BV: torch.Tensor) -> None:
+        """Give the rows of a step their tokens; complete ones leave."""
+        self.meter.stepped(len(batch.rows))
+        counts: dict[int, int] = {}
+        for row in batch.rows:
+            counts[row.job.number] = counts.get(row.job.number, 0) + 1
+        for job in {row.job.number: row.job for row in batch.rows}.values():
+            self.meter.drew(job, counts[job.number])
+        keep = [not self._take(row, logits_V) for row, logits_V in zip(batch.rows, logits_BV, strict=True)]
+        rows = batch.rows
+        batch.keep(keep)
+        self._finish(rows)
+
+    def _step_apart(self, batch: Batch, error: ReadFailed) -> None:
+        """Experts that some row of a batch needs did not come: do the step again row by row, so that only rows that need
+        them fail. Rows that are not reached within AGAIN_SECONDS, as where reads hang, fail with them."""
+        log.warning("a step over %d rows is done again row by row: %s", len(batch.rows), error)
+        self._batches.remove(batch)
+        if not batch.undo():
+            self._fail_rows([batch], _unread(error))
+            return
+        whole: Batch | None = None
+        until = time.monotonic() + AGAIN_SECONDS
+        for one in batch.apart():
+            if one.rows[0].job.over:  # another answer of the same job has failed
+                continue
+            if time.monotonic() > until:
+                self._fail_rows([one], _unread(error))
+                continue
+            try:
+                logits_BV = one.step()
+            except ReadFailed as again:
+                self._fail_rows([one], _unread(again))
+                continue
+            except Exception:
+                log.exception("a step of one row failed")
+                self._fail_rows([one], ApiError(500, "the model failed while answering; see the server's log"))
+                continue
+            self._draw(one, logits_BV)
+            if one.rows and whole is not None:
+                whole.join(one)
+            elif one.rows:
+                self._batches.append(one)
+                whole = one
 
     def _take(self, row: Row, logits_V: torch.Tensor) -> bool:
         """Give a row its token; True when it needs no more. A row that fails takes its own job down, no other."""

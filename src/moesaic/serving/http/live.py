@@ -50,6 +50,7 @@ async def stats(request: Request) -> Response:
             "series": series,
             "jobs": [job_row(job) for job in now[:MOST_JOBS]],
             "recent": meter.recent(),
+            "streaming": None if service.streaming is None else service.streaming(),
             "load": [] if meter.load is None else meter.load.read(),
         },
         headers={"Cache-Control": "no-store"},

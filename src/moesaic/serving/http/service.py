@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,6 +31,7 @@ class Service:
         timeout: seconds that any request may take, waiting included.
         write_timeout: seconds that a client may leave written text untaken.
         facts: what the live page says about the model.
+        streaming: what `/stats` says of experts that are read from disk, asked for each time; None where none are.
     """
 
     engine: Engine
@@ -38,6 +39,7 @@ class Service:
     timeout: float = 600.0
     write_timeout: float = 60.0
     facts: dict[str, Any] = field(default_factory=dict)
+    streaming: Callable[[], dict[str, Any]] | None = None
 
     def __post_init__(self) -> None:
         self.created = int(time.time())

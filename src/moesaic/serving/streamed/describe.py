@@ -20,17 +20,24 @@ def streaming_facts(streamed: Streamed) -> dict[str, Any]:
     tensors = {id(t): t for t in [*streamed.model.parameters(), *streamed.model.buffers()]}.values()
     other = sum(t.nbytes for t in tensors if not t.is_meta)
     return {
-        **streamed.stats.row(),
-        "policy": engine.policy.entry.name,
+        **live_facts(engine),
         "prefetch_budget_bytes": engine.prefetch.budget_bytes if engine.prefetch.active else 0,
-        **lossy_facts(engine),
         "page_cache": engine.reader.page_cache,
         "memory_bytes": engine.plan.budget_bytes,
         "capacity_bytes": engine.plan.capacity_bytes,
-        "expert_resident_bytes": engine.held_bytes,
         "expert_total_bytes": engine.shape.total_bytes,
         "resident_bytes": other + engine.held_bytes,
         "peak_bytes": peak_bytes(),
+    }
+
+
+def live_facts(engine: Engine) -> dict[str, Any]:
+    """What changes while a model streams: its counts, what it holds, and how much of the routing a lossy mode let run."""
+    return {
+        **engine.stats.row(),
+        "policy": engine.policy.entry.name,
+        "expert_resident_bytes": engine.held_bytes,
+        **lossy_facts(engine),
     }
 
 

@@ -1,0 +1,63 @@
+"""What a packed folder's rounding is: bits, groups and bytes, so that whoever runs it can say that it is not the original."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from moesaic.store.packed import QUANTISED, read_packed
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """Experts of a packed folder of which some are rounded.
+
+    Attributes:
+        experts: how many have how many bits; 16 or 32: as they were.
+        group_size: weights that share a scale.
+        expert_bytes, original_bytes: of all experts, as stored without padding, and in the dtype that they were rounded from.
+        bits_per_weight: in the mean over all weights of experts, scales included.
+    """
+
+    experts: dict[int, int]
+    group_size: int
+    expert_bytes: int
+    original_bytes: int
+    bits_per_weight: float
+
+    def row(self) -> dict[str, Any]:
+        """As JSON."""
+        return {
+            "experts_by_bits": {str(bits): count for bits, count in self.experts.items()},
+            "group_size": self.group_size,
+            "bits_per_weight": self.bits_per_weight,
+            "expert_bytes": self.expert_bytes,
+            "original_expert_bytes": self.original_bytes,
+        }
+
+    def __str__(self) -> str:
+        widths = " and ".join(str(bits) for bits in self.experts)
+        return f"experts rounded to {widths} bits in groups of {self.group_size}, {self.bits_per_weight:.2f} bits per weight"
+
+
+def rounding_of(folder: Any) -> Rounding | None:
+    """None for a folder that is not packed, or packed without loss. Raises BadInput for a broken packing."""
+    if folder is None or not Path(folder).is_dir():
+        return None
+    packed = read_packed(folder)
+    if packed is None:
+        return None
+    experts: Counter[int] = Counter()
+    stored = original = weights = 0
+    for block, e in packed.contents.records():
+        bits, count = block.bits_E[e], sum(math.prod(shape) for shape in block.shapes)
+        experts[bits] += 1
+        stored += sum(block.sizes[bits])
+        original += count * block.dtype.itemsize
+        weights += count
+    if not any(bits in QUANTISED for bits in experts):
+        return None
+    return Rounding(dict(sorted(experts.items())), packed.contents.group_size, stored, original, 8 * stored / weights)
