@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import errno
+import mmap
 import os
 import threading
 import time
 
+import numpy as np
 import pytest
 import torch
 
@@ -44,6 +46,25 @@ def test_any_range_in_any_mode(path, data, mode, chunk, monkeypatch):
         assert reader.counters.bytes == sum(end - start for start, end in spans)
         assert reader.counters.reads >= len(spans) - 1
         assert reader.counters.seconds > 0
+
+
+@pytest.mark.parametrize(("start", "end", "shift"), [(4096, 12288, 0), (4096, 12288, 8), (4100, 12292, 0), (4096, 12290, 0)])
+def test_whole_pages_go_straight_into_whole_pages(path, data, start, end, shift):
+    """A direct read needs no copy where file, memory and length allow it; the bytes are the same everywhere."""
+    memory = torch.frombuffer(mmap.mmap(-1, 4 * 4096), dtype=torch.uint8)
+    target, seen = memory[shift : shift + end - start], []
+
+    def read_at(fd, buffers, offset):
+        seen.extend(np.frombuffer(buffer, np.uint8).ctypes.data for buffer in buffers)
+        return os.preadv(fd, buffers, offset)
+
+    with Reader("direct", read_at=read_at) as reader:
+        if reader.page_cache != "direct":
+            pytest.skip("this file system has no direct reads")
+        reader.fetch([(part(path, start, end), target)]).wait()
+        straight = reader.page_cache == "direct" and (start, end, shift) == (4096, 12288, 0)
+    assert torch.equal(target, data[start:end])
+    assert (target.data_ptr() in seen) == straight
 
 
 def test_the_page_cache_holds_what_the_mode_says(tmp_path, data):
