@@ -29,6 +29,7 @@ gpu:
 	PYTHONPATH=src $(PYTHON) -m pytest -m gpu tests/gpu $(ARGS)
 	mkdir -p $${OUT:-build}
 	PYTHONPATH=src $(PYTHON) -m moesaic bench layer --device cuda --json > $${OUT:-build}/bench-layer-gpu.json
+	PYTHONPATH=src $(PYTHON) -m moesaic bench stream-gpu --json > $${OUT:-build}/bench-stream-gpu.json
 
 $(VENV)/.run: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

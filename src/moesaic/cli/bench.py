@@ -9,12 +9,13 @@ import typer
 from rich import box
 from rich.table import Table
 
-from moesaic.cli import bench_models
+from moesaic.cli import bench_gpu, bench_models
 from moesaic.cli.common import Debug, Json, console, emit, keep, progress_console
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, no_args_is_help=True, help=__doc__)
 app.command("decode")(bench_models.decode)
 app.command("stream")(bench_models.stream)
+app.command("stream-gpu")(bench_gpu.stream_gpu)
 app.command("soak")(bench_models.soak)
 
 

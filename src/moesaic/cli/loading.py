@@ -70,6 +70,9 @@ def streaming(
     *,
     lossy: str | None = None,
     prefetch_bytes: str | None = None,
+    device: str | None = None,
+    device_memory: str | None = None,
+    device_policy: str = "lru",
 ) -> dict[str, Any] | None:
     """How to stream, None where the model is to be loaded whole. `others`: options that only streaming has, and whether given.
 
@@ -77,6 +80,12 @@ def streaming(
     """
     if memory is not None and resident is not None:
         raise BadInput(f"give --memory {memory} or --resident {resident:g}, not both")
+    if (device is None) != (device_memory is None):
+        raise BadInput("--device and --device-memory go together: where experts are computed, and what they may take there")
+    if device_policy != "lru" and device is None:
+        raise BadInput(f"--device-policy {device_policy} is about experts on a device: give --device and --device-memory")
+    if memory is None and resident is None and device is not None:
+        resident = 1.0
     if memory is None and resident is None:
         given = {"--policy": policy != "lru", "--page-cache": page_cache != "direct", **(others or {})}
         given |= {"--lossy": lossy is not None, "--prefetch-bytes": prefetch_bytes is not None}
@@ -94,7 +103,9 @@ def streaming(
 
     if memory is not None and parse_bytes(memory, "--memory") <= 0:
         raise BadInput(f"--memory {memory}: give more than 0 bytes")
+    above = {"device": device, "device_memory": device_memory, "device_policy": device_policy} if device is not None else {}
     return {
+        **above,
         "memory": memory,
         "resident": resident,
         "policy": policy,

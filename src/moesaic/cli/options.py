@@ -28,6 +28,12 @@ PageCache = Annotated[
     str, typer.Option(help="direct: read past the kernel's page cache; keep: fill it; drop: read through, then empty it.")
 ]
 
+TierDevice = Annotated[
+    str | None, typer.Option("--device", help="A GPU above them, such as cuda; stand-in: plain memory in its place.")
+]
+DeviceMemory = Annotated[str | None, typer.Option(help="Bytes of experts on --device, such as 8GiB; all else adds.")]
+DevicePolicy = Annotated[str, typer.Option(help="Which experts --device keeps, and whether the host computes the others.")]
+
 PrefetchBytes = Annotated[
     str | None, typer.Option(help="What a policy that guesses may read ahead in one pass; default: one token's experts.")
 ]

@@ -39,6 +39,9 @@ def run(
     policy: options.StreamPolicy = "lru",
     page_cache: options.PageCache = "direct",
     prefetch_bytes: options.PrefetchBytes = None,
+    device: options.TierDevice = None,
+    device_memory: options.DeviceMemory = None,
+    device_policy: options.DevicePolicy = "lru",
     lossy: options.Lossy = None,
     tune: options.Tune = False,
     data: Annotated[
@@ -60,10 +63,12 @@ def run(
         raise BadInput(f"--threads {threads}: must be at least 1")
     streams = streaming(
         memory, resident, policy, page_cache, experts, {"--verify": verify, "--tune": tune, "--data": data is not None},
-        lossy=lossy, prefetch_bytes=prefetch_bytes,
+        lossy=lossy, prefetch_bytes=prefetch_bytes, device=device, device_memory=device_memory, device_policy=device_policy,
     )  # fmt: skip
     if data is not None and not (tune or (verify and lossy)):
         raise BadInput(f"--data {data} is what --tune replays and --verify of a lossy mode reads: give one of them with it")
+    if tune and device is not None:
+        raise BadInput(f"--tune chooses the policy of host memory: leave --device {device} out, then give it")
     if tune and policy != "lru":
         raise BadInput(f"--tune chooses the policy: leave --policy {policy} out")
     text = None if interactive and prompt is None and prompt_file is None else _prompt(prompt, prompt_file)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from moesaic.serving.streamed.device_stats import device_facts
 from moesaic.serving.streamed.stats import peak_bytes
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ def streaming_facts(streamed: Streamed) -> dict[str, Any]:
         "expert_total_bytes": engine.shape.total_bytes,
         "resident_bytes": other + engine.held_bytes,
         "peak_bytes": peak_bytes(),
+        **({} if streamed.tier is None else device_facts(streamed.tier)),
     }
 
 

@@ -131,6 +131,12 @@ class DeviceTier:
         self._copies = []
         self.device.close()
 
+    def detach(self) -> None:
+        """After `close`: the experts modules run by themselves again, where their weights are in memory, and slots are freed."""
+        for layer in self.layers:
+            delattr(layer.block.experts, STREAMED)
+        self.layers, self._slots = [], {}
+
     def settle(self) -> None:
         """Wait for copies whose source may change, or go."""
         copies, self._copies = self._copies, []
