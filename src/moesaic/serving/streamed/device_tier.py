@@ -132,7 +132,7 @@ class DeviceTier:
         self.device.close()
 
     def detach(self) -> None:
-        """After `close`: the experts modules run by themselves again, where their weights are in memory, and slots are freed."""
+        """After `close`: experts modules run by themselves again, where their weights are in memory; slots are freed."""
         for layer in self.layers:
             delattr(layer.block.experts, STREAMED)
         self.layers, self._slots = [], {}
