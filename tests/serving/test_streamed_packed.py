@@ -365,3 +365,29 @@ def test_a_plan_reads_no_weights(checkpoint, monkeypatch):
     plan = plan_packing(checkpoint.folder)
     assert plan.bytes_before == plan.bytes_after  # experts of a multiple of 4096 bytes
     assert plan.lossless
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 4 MiB."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    done = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=4m", "none", str(folder)], capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        pytest.skip(f"cannot mount a small file system: {done.stderr.strip()}")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_file_system_that_runs_full_leaves_no_model_and_goes_on_with_room(checkpoint, small_disk, monkeypatch):
+    """Really full: what was free at the beginning is not free any more when the records come."""
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1 << 40))
+    out = small_disk / "out"
+    with pytest.raises(BadInput, match=r"cannot write .*No space left on device.*go on with --resume, or delete it"):
+        pack(checkpoint.folder, out)
+    assert not out.exists() and (small_disk / "out.partial").is_dir()
+    subprocess.run(["mount", "-o", "remount,size=64m", str(small_disk)], check=True)
+    pack(checkpoint.folder, out, resume=True)
+    assert torch.equal(run(load(out).model, {"input_ids": checkpoint.ids}), checkpoint.logits)
