@@ -136,6 +136,22 @@ def test_a_model_that_is_there_does_not_wait_for_one_that_comes():
     assert cache.is_ready("z")
 
 
+def test_room_that_was_reserved_is_nobody_elses():
+    shelf = Shelf("abc")
+    cache = ModelCache(shelf.models, [Tier("ram", 2 * SIZE)])
+    for name in "ab":
+        with cache.use(name):
+            pass
+    bring = cache.reserve("c")
+    assert not cache.is_ready("a") and not cache.is_ready("c")
+    with cache.use("b"), pytest.raises(BadInput, match="no room"):
+        cache.acquire("a")
+    with pytest.raises(BadInput, match="being loaded"):
+        cache.reserve("c")
+    assert bring().weight[0, 0] == 1 + ord("c")
+    assert cache.reserve("c")() is cache._held[0]["c"]
+
+
 def test_what_cannot_be():
     shelf = Shelf("ab")
     with pytest.raises(BadInput, match="no model 'q'"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import signal
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 
 import httpx
 import openai
@@ -158,6 +160,19 @@ def test_the_pinned_model_stays(start):
         server.ask(name)
         held = {m["name"] for m in server.stats()["models"] if m["resident"]}
         assert held == {"red", name}
+
+
+def test_a_model_that_left_is_gone(start):
+    server = start(1)
+    server.ask("red")
+    left = weakref.ref(server.fleet._served["red"].engine.model)
+    assert left() is not None
+    server.ask("green")
+    until = time.monotonic() + 10
+    while left() is not None and time.monotonic() < until:
+        gc.collect()
+        time.sleep(0.05)
+    assert left() is None
 
 
 def test_chat_streams_through(start):

@@ -130,6 +130,26 @@ class ModelCache:
         with self._loading:
             return self._bring(key, 0)
 
+    def reserve(self, key: str) -> Callable[[], Any]:
+        """`acquire` in two steps: room is made in the books now, and what is returned brings the model in, in any thread.
+
+        For who decides in one thread what others may use meanwhile: nobody can take the room. Raises BadInput where none can
+        be made, or while the model is coming already.
+        """
+        with self._lock:
+            if key in self._held[0]:
+                model = self._hit(key, 0)
+                return lambda: model
+            if key in self.residencies[0]:
+                raise BadInput(f"{key} is being loaded already: wait for that")
+            leaving = self._admit(key, 0)
+
+        def bring() -> Any:
+            with self._loading:
+                return self._fill(key, 0, leaving)
+
+        return bring
+
     def release(self, key: str) -> None:
         with self._lock:
             self.residencies[0].leave(key)
@@ -138,9 +158,9 @@ class ModelCache:
         """Drop everything."""
         with self._loading:
             for tier in range(len(self.tiers)):
-                for key in list(self._held[tier]):
-                    self._let_go(tier, key, self._held[tier].pop(key))
+                for key in self._held[tier]:
                     self.residencies[tier].forget(key)
+                self._let_go(tier, self._held[tier])
 
     def _hit(self, key: str, tier: int) -> Any:
         self.residencies[tier].touch(key)
@@ -151,17 +171,23 @@ class ModelCache:
 
     def _bring(self, key: str, tier: int) -> Any:
         """The model in that tier, in use where that is the fastest. Books are kept under the lock, weights move without it."""
-        residency, stats, held = self.residencies[tier], self.stats[tier], self._held[tier]
         with self._lock:
-            if key in held:
+            if key in self._held[tier]:
                 return self._hit(key, tier)
-            _, gone = residency.touch(key)
-            if tier == 0:
-                residency.enter(key)
-            leaving = {other: held.pop(other) for other in gone}
-            stats.evictions += len(gone)
-        while leaving:  # room first: the budget holds while the new one comes in
-            self._let_go(tier, *leaving.popitem())
+            leaving = self._admit(key, tier)
+        return self._fill(key, tier, leaving)
+
+    def _admit(self, key: str, tier: int) -> dict[str, Any]:
+        """Book a model in; returns those that have to leave, which are nobody's any more."""
+        _, gone = self.residencies[tier].touch(key)
+        if tier == 0:
+            self.residencies[0].enter(key)
+        self.stats[tier].evictions += len(gone)
+        return {other: self._held[tier].pop(other) for other in gone}
+
+    def _fill(self, key: str, tier: int, leaving: dict[str, Any]) -> Any:
+        residency, stats = self.residencies[tier], self.stats[tier]
+        self._let_go(tier, leaving)  # room first: the budget holds while the new one comes in
         before = time.perf_counter()
         try:
             if tier + 1 == len(self.tiers):
@@ -175,7 +201,7 @@ class ModelCache:
                 residency.forget(key)
             raise
         with self._lock:
-            held[key] = model
+            self._held[tier][key] = model
             stats.loads += 1
             stats.load_seconds += time.perf_counter() - before
             stats.most_bytes = max(stats.most_bytes, residency.used_bytes)
@@ -189,11 +215,15 @@ class ModelCache:
             raise MoesaicError(f"{key} takes {show_bytes(took)}, {show_bytes(known.bytes)} were kept for it: it was let go")
         return model
 
-    def _let_go(self, tier: int, key: str, model: Any) -> None:
-        if tier == 0:
-            self._on_drop(key, model)
-        del model
-        gc.collect()  # modules and their hooks refer to each other in circles
+    def _let_go(self, tier: int, leaving: dict[str, Any]) -> None:
+        for key, model in leaving.items():
+            if tier == 0:
+                self._on_drop(key, model)
+        found = bool(leaving)
+        model = None
+        leaving.clear()
+        if found:
+            gc.collect()  # modules and their hooks refer to each other in circles
 
 
 def _copied(model: Any, device: str) -> Any:

@@ -60,7 +60,7 @@ class Fleet:
         timeout: float = 600.0,
         max_waiting: int = 64,
     ) -> None:
-        self.cache = ModelCache(models, [Tier("ram", budget)], policy=policy, on_drop=_end)
+        self.cache = ModelCache(models, [Tier("ram", budget)], policy=policy, on_drop=self._end)
         self.names = list(self.cache.models)
         self.max_wait, self.timeout, self.max_waiting = max_wait, timeout, max_waiting
         self.created = int(time.time())
@@ -71,6 +71,7 @@ class Fleet:
         self._timer: asyncio.TimerHandle | None = None
         self._served: dict[str, Served] = {}
         self._grace: float | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
         self.alive = False
 
     # What a server asks of an engine: see http.server.
@@ -85,6 +86,8 @@ class Fleet:
     def close(self, grace: float = 0.0) -> None:
         """Take nothing new; engines give running requests `grace` seconds, and requests that wait for a model fail."""
         self._grace = grace
+        if self._loop is not None and not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._pump)  # it may be a signal, or another thread, that closes
         for served in list(self._served.values()):
             served.engine.close(grace)
 
@@ -111,7 +114,8 @@ class Fleet:
         if self.waiting >= self.max_waiting and not self.cache.is_ready(name):
             raise ApiError(429, f"{self.waiting} requests are waiting for a model already", code="queue_full", retry_after=5)
         self.requests[name] += 1
-        future: asyncio.Future[Served] = asyncio.get_running_loop().create_future()
+        self._loop = asyncio.get_running_loop()
+        future: asyncio.Future[Served] = self._loop.create_future()
         self._waiting.setdefault(name, deque()).append((time.monotonic(), future))
         self._pump()
         try:
@@ -157,9 +161,10 @@ class Fleet:
             return
         chosen = next_group(absent, (), now, self.max_wait)
         if self.cache.can_enter(chosen):
-            self._load = asyncio.get_running_loop().create_task(self._bring(chosen))
-            if held_up:  # its room is being made: who is not in its way goes on
-                self._load.add_done_callback(lambda _: self._pump())
+            # Room is booked at once: whatever is given from now on is not in its way.
+            self._load = asyncio.get_running_loop().create_task(self._bring(chosen, self.cache.reserve(chosen)))
+            if held_up:
+                self._pump()
         elif not held_up and self._timer is None:
             until = max(0.0, min(group.oldest for group in absent) + self.max_wait - now) + 0.01
             self._timer = asyncio.get_running_loop().call_later(until, self._late)
@@ -178,11 +183,11 @@ class Fleet:
             if not future.done():
                 future.set_exception(error)
 
-    async def _bring(self, name: str) -> None:
+    async def _bring(self, name: str, bring: Callable[[], Served]) -> None:
         """Load a model and lease it to all who wait for it."""
         loop = asyncio.get_running_loop()
         try:
-            served: Served = await loop.run_in_executor(self._loader, self.cache.acquire, name)
+            served = await loop.run_in_executor(self._loader, bring)
         except Exception as error:
             log.exception("loading %s failed", name)
             said = str(error) if isinstance(error, MoesaicError) else "see the server's log"
@@ -190,7 +195,7 @@ class Fleet:
             self._refuse(name, ApiError(500, f"{name} could not be loaded: {said}", code="model_not_loaded"))
             self._load = None
         else:
-            self._served = {key: held for key, held in self._served.items() if self.cache.is_ready(key)} | {name: served}
+            self._served[name] = served
             self._load = None
             if self.closing:
                 served.engine.close(self._grace or 0.0)
@@ -199,10 +204,17 @@ class Fleet:
             self.cache.release(name)
         self._pump()
 
+    def _end(self, name: str, served: Served) -> None:
+        """The engine of a model that leaves: nothing runs on it any more, and nothing may keep its weights."""
+        self._served.pop(name, None)
+        served.engine.close()
+        served.engine.join(30)
+        served.service.prompts.close()
+
     def facts(self) -> dict[str, Any]:
         """Sizes and counts, for /stats: no prompt and no answer is in it."""
         stats = self.cache.stats[0]
-        ready = {key: served for key, served in self._served.items() if self.cache.is_ready(key)}
+        ready = dict(self._served)
         return {
             "budget_bytes": self.cache.tiers[0].capacity,
             "resident_bytes": self.cache.used_bytes(),
@@ -224,13 +236,6 @@ class Fleet:
                 for name, known in self.cache.models.items()
             ],
         }
-
-
-def _end(name: str, served: Served) -> None:
-    """The engine of a model that leaves: nothing runs on it any more."""
-    served.engine.close()
-    served.engine.join(30)
-    served.service.prompts.close()
 
 
 def serving(build: Callable[[], tuple[Service, Any]]) -> Callable[[], Served]:
