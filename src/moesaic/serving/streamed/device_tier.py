@@ -97,6 +97,7 @@ class DeviceTier:
         self.below, self.device, self.policy, self.plan, self.shape = below, device, policy, plan, shape
         self.layers = [DeviceLayer(layer, host_form(layer.form)) for layer in below.layers]
         self.hardware = hardware or Hardware()
+        self._slots: dict[Any, DeviceSlots] = {}
         self._lock, self._here = threading.RLock(), threading.local()
         self._seen: set[int] = set()
         self._new = self._fresh = True
@@ -153,7 +154,7 @@ class DeviceTier:
                 f"policy {self.policy.entry.name} shares one cache among layers whose experts differ in size: "
                 "on a device give one that keeps layers apart, such as lru"
             )
-        self._slots: dict[Any, DeviceSlots] = {}
+        self._slots = {}
         self._staging: dict[Any, list[int]] = {}
         for kind in kinds:
             mine = [layer for layer in self.layers if layer.kind == kind]
