@@ -186,3 +186,18 @@ def test_size_is_that_of_the_widths():
 def test_bad_input_says_what(make, words):
     with pytest.raises(BadInput, match=words):
         make()
+
+
+@pytest.mark.skipif(not quantized.available(), reason="needs Numba and AVX-512 VNNI")
+@pytest.mark.parametrize("bits", [4, [8, 4, 2, 4, 8, 4]])
+@pytest.mark.parametrize("ids", [[5, 0, 3], [2], [1, -1], [6, 4]])
+def test_one_token_is_the_same_without_a_dispatch(bits, ids):
+    held, x = quantize_bank(*bank(6, 256, 256), bits, 64), torch.randn(1, 256).bfloat16()
+    ids_1K, weights_1K = torch.tensor([ids]), torch.rand(1, len(ids)).bfloat16()
+    with torch.no_grad():
+        got = held.one_token(x, ids_1K, weights_1K, Form())
+        want = held.run(x, dispatch_slots(ids_1K, weights_1K, 6), Form())
+        assert got.dtype == x.dtype and torch.equal(got, want)
+        assert held.one_token(x, torch.tensor([[2, 2]]), torch.rand(1, 2), Form()) is None
+        assert held.one_token(x, ids_1K, weights_1K, Form(act="gelu")) is None
+    assert held.one_token(x, ids_1K, weights_1K, Form()) is None

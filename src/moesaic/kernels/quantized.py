@@ -19,10 +19,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, cached_property
 from itertools import groupby
 from operator import lt
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
@@ -125,6 +126,39 @@ class QuantizedBank:
     def run(self, x_TD: Tensor, dispatch: Dispatch, form: Form | None = None) -> Tensor:
         """y [T, D] in x's dtype."""
         return run_quantized(x_TD, dispatch, self.experts, form)
+
+    def one_token(self, x_1D: Tensor, ids_1K: Tensor, weights_1K: Tensor, form: Form) -> Tensor | None:
+        """`run` for a single token straight from its chosen experts: the same bits, without sorting them into a dispatch.
+
+        None, and nothing done, for what the integer pass does not take, and where an expert is chosen twice.
+        """
+        if not x_1D.is_cpu or torch.is_grad_enabled() or not all(_suits(_few, e, form) for e in self._kinds):
+            return None
+        ids_K = ids_1K.reshape(-1).numpy()
+        order_K = ids_K.argsort(kind="stable")
+        order_K = order_K[(ids_K[order_K] >= 0) & (ids_K[order_K] < self.num_experts)]
+        ids_P = ids_K[order_K]
+        if not len(ids_P) or (ids_P[1:] == ids_P[:-1]).any():
+            return None
+        table_P6, packings = self._table[0][ids_P], self._table[1]
+        y_1D = torch.zeros(x_1D.shape, dtype=torch.float32)
+        spans_P3 = np.arange(len(ids_P))[:, None] + np.array([0, 0, 1])
+        weight_P = weights_1K.reshape(-1).float().numpy()[order_K]
+        _integer_pass(
+            x_1D, spans_P3, np.zeros(len(ids_P), np.int64), weight_P, table_P6, packings, self.experts[0].down_shape[1], y_1D
+        )
+        return y_1D.to(x_1D.dtype)
+
+    @cached_property
+    def _kinds(self) -> tuple[QuantizedExpert, ...]:
+        """An expert of every width there is."""
+        return tuple({(e.gate_up_packing, e.down_packing): e for e in self.experts}.values())
+
+    @cached_property
+    def _table(self) -> tuple[np.ndarray, list[Packing]]:
+        """A row per expert as the integer pass reads it, and the packings that rows name."""
+        forms: dict[Packing, int] = {}
+        return np.array([_table_row(expert, forms) for expert in self.experts]), list(forms)
 
 
 def quantize_bank(
@@ -231,25 +265,42 @@ def _suits_few(gate_up_packing: Packing, down_packing: Packing, gate_up: Shape, 
 
 
 def _few(x_TD, dispatch, experts, spans, y_TD, form) -> None:
+    forms: dict[Packing, int] = {}
+    table = np.array([_table_row(experts[e], forms) for e, _, _ in spans])
+    first, end = spans[0][1], spans[-1][2]
+    spans_P3 = np.array(spans) - np.array([0, first, first])
+    token_S, weight_S = dispatch.token_S[first:end].numpy(), dispatch.weight_S[first:end].detach().float().numpy()
+    _integer_pass(x_TD, spans_P3, token_S, weight_S, table, list(forms), experts[spans[0][0]].down_shape[1], y_TD)
+
+
+def _table_row(expert: QuantizedExpert, forms: dict[Packing, int]) -> tuple[int, ...]:
+    """Addresses and packings of an expert; `forms` numbers the packings as they come."""
+    widths = expert.gate_up_packing, expert.down_packing
+    return (*expert.places, *(forms.setdefault(packing, len(forms)) for packing in widths))
+
+
+def _integer_pass(
+    x_TD: Tensor,
+    spans_P3: np.ndarray,
+    token_S: np.ndarray,
+    weight_S: np.ndarray,
+    table_P6: np.ndarray,
+    forms: Sequence[Packing],
+    inner: int,
+    y_TD: Tensor,
+) -> None:
     from moesaic.kernels.compiled import codes, pool
 
-    cores = pool.join()
-    forms: dict[Packing, int] = {}
-    here = [experts[e] for e, _, _ in spans]
-    table = [
-        (*e.places, forms.setdefault(e.gate_up_packing, len(forms)), forms.setdefault(e.down_packing, len(forms))) for e in here
-    ]
-    inner = here[0].down_shape[1]
-    first, pairs = spans[0][1], spans[-1][2] - spans[0][1]
+    cores, pairs = pool.join(), len(token_S)
     x_words = sum(x_TD.shape[0] * codes.row_bytes(x_TD.shape[1], packing.bits) for packing in forms) // 2
     a_stride = max(codes.row_bytes(inner, packing.bits) for packing in forms)
     codes.swiglu(
         x_TD.detach().float().contiguous().numpy(),
-        torch.tensor([(e, start - first, end - first) for e, start, end in spans]).numpy(),
-        dispatch.token_S[first : first + pairs].numpy(),
-        dispatch.weight_S[first : first + pairs].detach().float().numpy(),
-        torch.tensor(table).numpy(),
-        torch.tensor([_form_row(packing) for packing in forms]).numpy(),
+        spans_P3,
+        token_S,
+        weight_S,
+        table_P6,
+        np.array([_form_row(packing) for packing in forms]),
         scratch("codes_x", 1, x_words, torch.int16)[0].numpy(),
         scratch("codes_prepared", 1, pairs * a_stride // 2, torch.int16)[0].numpy(),
         a_stride,

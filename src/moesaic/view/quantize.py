@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from moesaic.core.errors import BadInput
 from moesaic.core.routing import Dispatch
-from moesaic.kernels import Packing, QuantizedBank, quantize_bank
+from moesaic.kernels import Packing, QuantizedBank, dispatch_slots, quantize_bank
 from moesaic.view import implementation
 from moesaic.view.block import Block, View
 from moesaic.view.tap import Choice, Handle
@@ -160,6 +160,14 @@ class Computed:
 
     def __call__(self, x_TD: Tensor, dispatch: Dispatch, top_k_index: Tensor | None) -> Tensor:
         return self.bank.run(x_TD, dispatch, implementation.form_of(self.experts))
+
+    def routed(self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
+        """The same before pairs are sorted: a single token has a shorter way."""
+        if x_TD.shape[0] == 1:
+            y_1D = self.bank.one_token(x_TD, ids_TK, weights_TK, implementation.form_of(self.experts))
+            if y_1D is not None:
+                return y_1D
+        return self(x_TD, dispatch_slots(ids_TK, weights_TK, self.bank.num_experts), ids_TK)
 
 
 def chosen_counts(blocks: View) -> tuple[list[Tensor], list[Handle]]:
