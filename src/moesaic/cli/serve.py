@@ -102,7 +102,7 @@ def serve(
 
     bound = listen(host, port)  # a port that is taken is known before minutes of loading
     sizes = {"max_rows": max_rows, "max_waiting": max_waiting, "max_context": max_context, "alone": alone}
-    limits = {"max_body": max_body, "timeout": timeout, "write_timeout": write_timeout, "grace": grace}
+    limits: dict[str, Any] = {"max_body": max_body, "timeout": timeout, "write_timeout": write_timeout, "grace": grace}
     if budget is not None:
         several.serve_models(
             folders, budget, policy=policy, pin=pin or [], max_wait=max_wait, bound=bound, keys=keys, engine=sizes,

@@ -23,7 +23,9 @@ STREAMED = "streamed"
 def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """The experts call: x [T, D], ids [T, K] (outside [0, E): empty slot), weights [T, K] -> y [T, D]."""
     streamed = getattr(self, STREAMED, None)
-    if streamed is not None and hasattr(streamed, "routed"):  # it sorts the pairs itself, where it has brought their ids to the host
+    if streamed is not None and hasattr(
+        streamed, "routed"
+    ):  # it sorts the pairs itself, where it has brought their ids to the host
         return streamed.routed(hidden_states, top_k_index, top_k_weights)
     if streamed is None and hidden_states.shape[0] == 1:
         y_1D = one_token(self, form_of, hidden_states, top_k_index, top_k_weights)
