@@ -68,3 +68,18 @@ def test_a_norm_with_more_arguments_is_called_with_them():
         want = norm(x, by=2.0)
         assert quicken(nn.Sequential(norm))["norm"] == 1
         assert torch.equal(norm(x, by=2.0), want) and torch.equal(norm(x, 2.0), want)
+
+
+def test_wide_norms_are_quick_too():
+    wide = Scaled()
+    wide.weight = nn.Parameter(torch.randn(7168).bfloat16())
+    assert quicken(nn.Sequential(wide))["norm"] == 1
+
+
+def test_a_quick_model_can_still_be_traced():
+    model = nn.Sequential(nn.Linear(64, 32, bias=False)).bfloat16()
+    quicken(model)
+    x = torch.randn(1, 64).bfloat16()
+    with torch.no_grad():
+        traced = torch.compile(model, backend="eager", fullgraph=True)(x)
+        torch.testing.assert_close(traced.float(), model(x).float(), rtol=2.0**-6, atol=2.0**-6)

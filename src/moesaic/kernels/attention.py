@@ -51,6 +51,7 @@ def forward(
         and query.shape[3] % MULTIPLE == 0
         and all(value is None for name, value in kwargs.items() if name in OTHERWISE)
         and not torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
         and available()
     )
     if not one_step:

@@ -53,7 +53,14 @@ def few_rows_norm(x: Tensor, weight_A: Tensor, eps: float) -> Tensor | None:
 
 
 def _is_plain(x: Tensor) -> bool:
-    return x.dtype is torch.bfloat16 and x.is_cpu and not torch.is_grad_enabled() and available()
+    """Whether a pass can take its address: not a stand-in that a compiler traces with, either."""
+    return (
+        x.dtype is torch.bfloat16
+        and x.is_cpu
+        and not torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+        and available()
+    )
 
 
 @cache

@@ -18,7 +18,8 @@ def one_token(experts: Any, form_of: Any, x_1D: Tensor, ids_1K: Tensor, weights_
     """y [1, D] of a single token of bf16 on a CPU without gradients; None where the long way has to be taken."""
     gate_up, down = getattr(experts, "gate_up_proj", None), experts.down_proj
     plain = x_1D.dtype is down.dtype is torch.bfloat16 and x_1D.is_cpu and down.is_cpu
-    if gate_up is None or not plain or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
+    traced = torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu")
+    if gate_up is None or not plain or traced:
         return None
     here = gate_up.data_ptr(), down.data_ptr()
     known = _SUITS.get(experts)

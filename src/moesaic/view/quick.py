@@ -16,8 +16,8 @@ from moesaic.kernels import attention
 from moesaic.kernels.linear import few_rows_linear, few_rows_norm, suits_linear
 
 TRIALS = 4
-ULP = 2.0**-7
-"""Of a bf16 number: sums in another order may round the other way."""
+ROUNDINGS = 2.0**-6
+"""Two roundings of a bf16 number, which sums in another order may turn the other way."""
 
 
 class QuickLinear(nn.Linear):
@@ -78,12 +78,12 @@ def _norm_eps(module: nn.Module) -> str | None:
     random = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for trial in range(TRIALS):
-            x = (torch.randn(1, 3, weight.shape[0], generator=random) * 10.0 ** (trial - 2)).bfloat16()
+            x = (torch.randn(1, 1, weight.shape[0], generator=random) * 10.0 ** (trial - 2)).bfloat16()
             try:
                 want = module(x)
             except (RuntimeError, TypeError, ValueError):
                 return None
             got = few_rows_norm(x, weight, getattr(module, names[0]))
-            if got is None or not isinstance(want, Tensor) or not torch.allclose(got, want, rtol=ULP, atol=0):
+            if got is None or not isinstance(want, Tensor) or not torch.allclose(got, want, rtol=ROUNDINGS, atol=0):
                 return None
     return names[0]
