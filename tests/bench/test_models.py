@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -70,7 +71,11 @@ def test_stream_ends_with_the_resident_numbers(folder):
     assert len(ours) == 2 and all(row["exact"] for row in ours)
     assert ours[0]["hit_rate"] > ours[1]["hit_rate"] == 0
     assert ours[1]["read_bytes_per_token"] == TINY.layers * TINY.slots * 2 * TINY.expert_weights
-    assert [row["impl"] for row in result["rows"]][-1] == "accelerate"
+    peers = [row["impl"] for row in result["rows"] if row["impl"] == "accelerate"]
+    if find_spec("accelerate"):
+        assert peers == ["accelerate"]
+    else:  # said, and nothing else is lost for it
+        assert not peers and any("accelerate" in note for note in result["notes"])
 
 
 def test_a_contestant_that_fails_says_why(tmp_path):
