@@ -16,6 +16,7 @@ from moesaic.core.errors import BadInput, MissingNeed
 from moesaic.core.registry import entries
 from moesaic.serving.streamed import load_streamed
 from moesaic.serving.streamed import stats as C
+from moesaic.serving.streamed.wave import Wave
 from moesaic.store import Reader, ReadFailed
 from moesaic.trace import simulate as sim
 from moesaic.trace.hardware import Hardware
@@ -215,3 +216,13 @@ def test_a_bank_run_by_hand_and_steering_under_a_guessing_policy(checkpoint):
         assert torch.equal(ours[2].bank(x, offsets), theirs[2].bank(x, offsets))
         with ours.policy(k=1, without=[3]), theirs.policy(k=1, without=[3]):
             assert torch.equal(streamed.model(checkpoint.ids).logits, resident(checkpoint.ids).logits)
+
+
+def test_loads_are_asked_for_however_many_guesses_are_late():
+    """Late guesses take none of the places of loads in flight: a load that nobody asked for would be computed unread."""
+    asked = []
+    engine = SimpleNamespace(_staging={0: []}, _into=lambda layer, e, slot: asked.append(e))
+    layer = SimpleNamespace(kinds=[0], aside=False, held={2: 0, 5: 1})
+    late = {e: object() for e in range(20, 40)}
+    Wave(engine, layer, [2, 5], set(), late)
+    assert asked == [2, 5]

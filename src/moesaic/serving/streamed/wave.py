@@ -37,8 +37,9 @@ class Wave:
         self.ask()
 
     def ask(self) -> None:
-        """Keep some loads in flight, in the order in which they will be computed."""
-        while self.queue and len(self.coming) < self.ahead:
+        """Keep some loads in flight, in the order in which they will be computed: what was on its way before does not count,
+        or a load would be computed before it was asked for."""
+        while self.queue and len(self.coming.keys() - self.late) < self.ahead:
             e = self.queue.popleft()
             self.coming[e] = self.engine._into(self.layer, e, self.layer.held[e])
 
@@ -78,6 +79,7 @@ class Wave:
                 e, start, end = spans[at]
                 if e in self.streamed and e not in staged:
                     break  # this part holds every staging slot: compute it first
+                assert e not in self.queue, f"{self.layer.block.name}: expert {e} was never asked for"
                 fetched = staged[e][1] if e in staged else self.coming.get(e)
                 if fetched is not None:
                     if part and not fetched.done:
