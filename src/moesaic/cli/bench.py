@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich import box
 from rich.table import Table
 
 from moesaic.cli import bench_gpu, bench_models
+from moesaic.cli.bench_common import figures, measured, show_notes, words
 from moesaic.cli.common import Debug, Json, console, emit, keep, progress_console
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, no_args_is_help=True, help=__doc__)
@@ -17,10 +18,6 @@ app.command("decode")(bench_models.decode)
 app.command("stream")(bench_models.stream)
 app.command("stream-gpu")(bench_gpu.stream_gpu)
 app.command("soak")(bench_models.soak)
-
-
-def _words(text: str) -> tuple[str, ...]:
-    return tuple(word for word in text.replace(",", " ").split() if word)
 
 
 @app.command("layer")
@@ -55,11 +52,11 @@ def layer(
     if threads:
         torch.set_num_threads(threads)
     try:
-        counts = tuple(int(word) for word in _words(tokens))
+        counts = tuple(int(word) for word in words(tokens))
     except ValueError:
         raise BadInput(f"--tokens {tokens!r}: numbers separated by commas") from None
     options = bench.Options(
-        counts, width, inner, experts, slots, _words(dtypes), _words(routings), train, device, rounds, seconds
+        counts, width, inner, experts, slots, words(dtypes), words(routings), train, device, rounds, seconds
     )
     options.routing_data, options.shapes = routing_data, shapes or torch.device(device).type == "cuda"
     if quick:
@@ -138,24 +135,16 @@ def trace(
     if threads:
         torch.set_num_threads(threads)
     quiet_transformers()
-    with progress_console.status("") as status:
-        result = bench.run(
-            bench.Options(rounds, seconds, device, _words(cases)), lambda text: status.update(f"bench trace: {text}")
-        )
-    keep(result, out)
-    if json:
-        emit(result)
-    else:
+    options = bench.Options(rounds, seconds, device, words(cases))
+    result = measured("trace", partial(bench.run, options), out, json)
+    if result is not None:
         _show_trace(result)
 
 
 def _show_trace(result: dict[str, Any]) -> None:
     header = result["machine"]
     console.print(f"{header['cpu']}, {header['threads']} threads; torch {header['torch']}; load {header['load_before']}")
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-    table.add_column("")
-    for name in ("ms", "spread", "overhead", "B/choice", "JSON"):
-        table.add_column(name, justify="right", no_wrap=True)
+    table = figures("", "ms", "spread", "overhead", "B/choice", "JSON")
     case = None
     for row in result["rows"]:
         if case != (case := ", ".join(str(row[key]) for key in ("model", "case") if row[key])):
@@ -207,10 +196,8 @@ def _show_layer(result: dict[str, Any], against: str | None) -> None:
     header = result["machine"]
     where = header.get("gpu") or f"{header['cpu']}, {header['threads']} threads, {' '.join(header['features'])}"
     console.print(f"{where}; torch {header['torch']}, transformers {header['transformers']}; load {header['load_before']}")
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-    table.add_column("case, implementation", no_wrap=True)
-    for name in ("ms", "min", "floor", "/floor", "vs gmm", "error", *(["before"] if against else [])):
-        table.add_column(name, justify="right", no_wrap=True)
+    columns = ("ms", "min", "floor", "/floor", "vs gmm", "error", *(["before"] if against else []))
+    table = figures("case, implementation", *columns)
     memory = any("peak_activation_bytes" in row for row in result["rows"])
     if memory:
         table.add_column("memory", justify="right")
@@ -243,5 +230,4 @@ def _show_layer(result: dict[str, Any], against: str | None) -> None:
     console.print("vs gmm: times as fast as transformers' grouped_mm in the same rounds. error: against fp32.")
     if against:
         console.print(f"before: ms at {against}")
-    for note in result["notes"]:
-        console.print(f"note: {note}")
+    show_notes(result)

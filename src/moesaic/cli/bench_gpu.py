@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
-from rich import box
-from rich.table import Table
 from typer import Option
 
-from moesaic.cli.common import Debug, Json, console, emit, keep, progress_console
+from moesaic.cli.bench_common import figures, measured, show_notes, words
+from moesaic.cli.common import Debug, Json, console
 from moesaic.core.sizes import show_bytes
-
-
-def _words(text: str) -> tuple[str, ...]:
-    return tuple(word.strip() for word in text.split(",") if word.strip())
 
 
 def stream_gpu(
@@ -31,21 +27,15 @@ def stream_gpu(
     """A generated model of 30B-A3B's shape in host memory, on a GPU that may use little: ours beside accelerate's offload."""
     from moesaic.bench import stream_gpu as bench
 
-    options = bench.Options(size, budget, _words(policies), _words(peers), device, steps=steps)
-    with progress_console.status("") as status:
-        result = bench.run(options, lambda text: status.update(f"bench stream-gpu: {text}"))
-    keep(result, out)
-    if json:
-        emit(result)
+    options = bench.Options(size, budget, words(policies), words(peers), device, steps=steps)
+    result = measured("stream-gpu", partial(bench.run, options), out, json)
+    if result is None:
         return
     header = result["machine"]
     console.print(
         f"{header['gpu']}, torch {header['torch']}; {result['size']}, {show_bytes(result['budget_bytes'])} on the device"
     )
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-    table.add_column("implementation", no_wrap=True)
-    for name in ("tok/s", "ms", "median", "hit %", "MB/tok", "of floor", "peak"):
-        table.add_column(name, justify="right", no_wrap=True)
+    table = figures("implementation", "tok/s", "ms", "median", "hit %", "MB/tok", "of floor", "peak")
     for row in result["rows"]:
         table.add_row(
             row["impl"], f"{row['tokens_per_second']:,.2f}", f"{row['seconds'] * 1e3:,.0f}",
@@ -55,5 +45,4 @@ def stream_gpu(
     console.print(table)
     link = result["link_bytes_per_second"] / 1e9
     console.print(f"link: {link:.1f} GB/s in copies of one expert. of floor: bytes moved over that, against the time taken.")
-    for note in result["notes"]:
-        console.print(f"note: {note}")
+    show_notes(result)

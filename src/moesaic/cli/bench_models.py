@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich import box
-from rich.table import Table
 
-from moesaic.cli.common import Debug, Json, console, emit, keep, progress_console
+from moesaic.cli.bench_common import figures, measured, show_notes, words
+from moesaic.cli.common import Debug, Json, console
 from moesaic.core.errors import BadInput
 from moesaic.core.sizes import show_bytes
 
@@ -22,10 +22,6 @@ Threads = Annotated[int, typer.Option(help="CPU threads of every contestant.")]
 Size = Annotated[str, typer.Option(help="1.3b (2.6 GB), 6.9b (13.8 GB) or tiny.")]
 Out = Annotated[Path | None, typer.Option(help="Also write the JSON to this file.")]
 CACHE = Path("~/.cache/moesaic/bench")
-
-
-def _words(text: str) -> tuple[str, ...]:
-    return tuple(word.strip() for word in text.split(",") if word.strip())
 
 
 def decode(
@@ -48,14 +44,12 @@ def decode(
         folder.expanduser(), size, threads=threads, prompt=prompt, steps=steps, rounds=rounds, llama_python=llama_python
     )
     if peers is not None:
-        options.peers = _words(peers)
-    with progress_console.status("") as status:
-        result = bench.run(options, lambda text: status.update(f"bench decode: {text}"))
-    keep(result, out)
-    if json:
-        emit(result)
+        options.peers = words(peers)
+    result = measured("decode", partial(bench.run, options), out, json)
+    if result is None:
         return
-    table = _table(result, "tok/s", "ms", "min", "spread", "/floor", "peak")
+    _show_machine(result)
+    table = figures("", "tok/s", "ms", "min", "spread", "/floor", "peak")
     for case in ("prefill", "decode"):
         table.add_section()
         table.add_row(f"[bold]{case}[/bold]")
@@ -68,7 +62,7 @@ def decode(
                     f"{row['seconds'] / floor:.2f}" if floor else "", show_bytes(row["peak_bytes"]) if floor else "",
                 )  # fmt: skip
     console.print(table)
-    _notes(result)
+    show_notes(result)
 
 
 def stream(
@@ -88,19 +82,17 @@ def stream(
     from moesaic.bench import stream as bench
 
     try:
-        parts = tuple(float(word) for word in _words(shares))
+        parts = tuple(float(word) for word in words(shares))
     except ValueError:
         raise BadInput(f"--shares {shares!r}: numbers by commas") from None
     options = bench.Options(
-        folder.expanduser(), size, parts, _words(peers), _words(policies), threads, steps=steps, llama_python=llama_python
+        folder.expanduser(), size, parts, words(peers), words(policies), threads, steps=steps, llama_python=llama_python
     )
-    with progress_console.status("") as status:
-        result = bench.run(options, lambda text: status.update(f"bench stream: {text}"))
-    keep(result, out)
-    if json:
-        emit(result)
+    result = measured("stream", partial(bench.run, options), out, json)
+    if result is None:
         return
-    table = _table(result, "tok/s", "ms", "hit %", "MB/tok", "of floor", "peak", "exact")
+    _show_machine(result)
+    table = figures("", "tok/s", "ms", "hit %", "MB/tok", "of floor", "peak", "exact")
     share = None
     for row in result["rows"]:
         if share != (share := row["share"]):
@@ -118,7 +110,7 @@ def stream(
     console.print(
         f"disk: {result['disk_bytes_per_second'] / 1e9:.2f} GB/s in reads of one matrix. of floor: bytes missed over that."
     )
-    _notes(result)
+    show_notes(result)
 
 
 def soak(
@@ -136,11 +128,8 @@ def soak(
     from moesaic.bench import soak as bench
 
     options = bench.Options(folder.expanduser(), size, minutes, share, policy, threads)
-    with progress_console.status("") as status:
-        result = bench.run(options, lambda text: status.update(f"bench soak: {text}"))
-    keep(result, out)
-    if json:
-        emit(result)
+    result = measured("soak", partial(bench.run, options), out, json)
+    if result is None:
         return
     console.print(
         f"{result['minutes']:g} minutes, {result['requests']:,} prompts, {result['tokens']:,} tokens, "
@@ -155,18 +144,8 @@ def soak(
         console.print(f"error: {error}")
 
 
-def _table(result: dict[str, Any], *columns: str) -> Table:
+def _show_machine(result: dict[str, Any]) -> None:
     header = result["machine"]
     console.print(
         f"{header['cpu']}, {header['threads']} threads; torch {header['torch']}; {result['size']}; load {header['load_before']}"
     )
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-    table.add_column("", no_wrap=True)
-    for name in columns:
-        table.add_column(name, justify="right", no_wrap=True)
-    return table
-
-
-def _notes(result: dict[str, Any]) -> None:
-    for note in result["notes"]:
-        console.print(f"note: {note}")
