@@ -37,6 +37,19 @@ def available() -> bool:
     return find_spec("numba") is not None
 
 
+@cache
+def host_has(*features: str) -> bool:
+    """Whether Numba is there and compiles for this machine's processor, which has all of these (LLVM's names)."""
+    if not available():
+        return False
+    import numba
+    from llvmlite.binding import get_host_cpu_features
+
+    elsewhere = numba.config.CPU_NAME or numba.config.CPU_FEATURES  # Numba was told to compile for another machine
+    host = get_host_cpu_features()
+    return not elsewhere and all(host.get(name) for name in features)
+
+
 def fits(weights: Weights, dtype: torch.dtype, spans: list[Span]) -> bool:
     """Whether this pass computes these weights exactly as asked, and is the fast way for so few rows."""
     return spans[-1][2] <= MOST_ROWS * len(spans) and suits(weights, dtype)

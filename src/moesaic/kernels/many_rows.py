@@ -11,7 +11,6 @@ Shape legend: T tokens, S pairs, P pieces of experts' spans, D model width, I in
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import cache
 
 import torch
 from torch import Tensor
@@ -35,26 +34,9 @@ SCRATCH_BYTES = 32 << 20
 """Packed rows held at a time; more pairs are done in several rounds."""
 
 
-@cache
 def available() -> bool:
     """Whether this machine has the instruction, and no matrix unit (AMX) that the libraries would use instead."""
-    if not has_pairs():
-        return False
-    from llvmlite.binding import get_host_cpu_features
-
-    return not get_host_cpu_features().get("amx-bf16")
-
-
-@cache
-def has_pairs() -> bool:
-    """Whether Numba compiles for a processor that has `vdpbf16ps`."""
-    if not few_rows.available():
-        return False
-    import numba
-    from llvmlite.binding import get_host_cpu_features
-
-    elsewhere = numba.config.CPU_NAME or numba.config.CPU_FEATURES  # Numba was told to compile for another machine
-    return bool(get_host_cpu_features().get("avx512bf16")) and not elsewhere
+    return few_rows.host_has("avx512bf16") and not few_rows.host_has("amx-bf16")
 
 
 def fits(weights: Weights, dtype: torch.dtype, spans: list[Span]) -> bool:

@@ -230,38 +230,31 @@ def _is_few(dispatch: Dispatch) -> bool:
     return bounds[-1] <= FEW_ROWS * hit
 
 
-@cache
 def available() -> bool:
     """Whether Numba and this CPU's instructions allow the integer pass."""
-    if not few_rows.available():
-        return False
-    import numba
-    from llvmlite.binding import get_host_cpu_features
-
-    host = get_host_cpu_features()
-    elsewhere = numba.config.CPU_NAME or numba.config.CPU_FEATURES  # Numba was told to compile for another machine
-    return all(host.get(name) for name in ("avx512vnni", "avx512bw", "avx512vl", "fma")) and not elsewhere
+    return few_rows.host_has("avx512vnni", "avx512bw", "avx512vl", "fma")
 
 
 def _suits(way: Way, expert: QuantizedExpert, form: Form) -> bool:
     """Whether a compiled pass can take this expert."""
     fused = form.swiglu and form.gate_up_bias_EH is None and form.down_bias_ED is None
+    here = available() and (way is not _many or many_rows.available())
     shapes = _suits_many if way is _many else _suits_few
-    return fused and shapes(expert.gate_up_packing, expert.down_packing, expert.gate_up_shape, expert.down_shape)
+    return fused and here and shapes(expert.gate_up_packing, expert.down_packing, expert.gate_up_shape, expert.down_shape)
 
 
 @cache
 def _suits_many(gate_up_packing: Packing, down_packing: Packing, gate_up: Shape, down: Shape) -> bool:
     """Whether widening and many_rows.py can take experts of these shapes."""
     whole = down[0] % many_rows.MULTIPLE == down[1] % many_rows.MULTIPLE == 0
-    return 2 * down[1] == gate_up[0] and whole and available() and many_rows.available()
+    return 2 * down[1] == gate_up[0] and whole
 
 
 @cache
 def _suits_few(gate_up_packing: Packing, down_packing: Packing, gate_up: Shape, down: Shape) -> bool:
     """Whether the integer pass can take them."""
     whole = down[0] % (256 // gate_up_packing.bits) == down[1] % (256 // down_packing.bits) == down[0] % 4 == 0
-    return 2 * down[1] == gate_up[0] and whole and available()
+    return 2 * down[1] == gate_up[0] and whole
 
 
 def _few(x_TD, dispatch, experts, spans, y_TD, form) -> None:

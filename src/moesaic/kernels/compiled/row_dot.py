@@ -16,6 +16,8 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
+from moesaic.kernels.few_rows import host_has
+
 LINE = 32
 """Columns per instruction; divides the columns."""
 
@@ -102,10 +104,4 @@ def _by_pairs(context, weight_A, row_A):
     return types.float32(weight_A, row_A), code
 
 
-def _choose():
-    from moesaic.kernels.many_rows import has_pairs
-
-    return _by_pairs if has_pairs() else _by_widening
-
-
-row_dot = _choose()
+row_dot = _by_pairs if host_has("avx512bf16") else _by_widening
