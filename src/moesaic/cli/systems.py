@@ -43,7 +43,7 @@ TESTED = {
     "routing": "tests/routing, tests/matrix/test_routers.py",
     "experts": "tests/experts, tests/matrix/test_banks.py",
     "balancing": "tests/balancing, tests/matrix/test_balancers.py",
-    "layers": "tests/layers",
+    "layers": "tests/layers, tests/matrix/test_layers.py",
     "kernels": "tests/kernels",
     "lossy": "tests/serving/test_lossy.py",
     "policies": "tests/trace/policies, tests/matrix/test_policies.py",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, Protocol
 
@@ -37,6 +37,9 @@ class RoutingContext:
     """What the router of the previous MoE layer returned as `state` (None in the first MoE layer)."""
     threads_state: bool = False
     """The host hands `state` from layer to layer (need: "previous")."""
+    carry: Mapping[str, Any] | None = None
+    """Per-token tensors that layers thread through depth, by name: `Routing.carry` of the previous MoE layer, {} in the
+    first one of every forward, None when the host threads nothing. Nothing of it outlives a forward or a decode step."""
     attention: Attention | None = None
     token_ids: Tensor | None = None
     positions: Tensor | None = None

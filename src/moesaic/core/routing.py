@@ -7,6 +7,7 @@ N sequence.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -24,15 +25,19 @@ class Pairs(NamedTuple):
 
 @dataclass(frozen=True)
 class Routing:
-    """One routing decision for T tokens. Exactly one of three forms is filled:
+    """One routing decision for T tokens. Exactly one of four forms is filled:
 
     - token-major: `experts_TK` (int64, -1 = empty slot) and `weights_TK`; variable K is empty slots;
     - pair list: `pairs`, where experts pick tokens;
-    - soft: `merge_GE` and `group_T`: token t runs the parameter average that row group_T[t] weighs.
+    - soft: `merge_GE` and `group_T`: token t runs the parameter average that row group_T[t] weighs;
+    - keyed: `keyed_T2HN`, the gates of H heads over N keys of two sides. Expert (i, j) of N * N weighs
+      sum_h keyed[0, h, i] * keyed[1, h, j], and is never listed: the rows of the routing are its 2 * H * N keys.
 
     `logits_TE` are raw, as scored; `probs_TE` is whatever the load losses call probability; `dropped_TK` marks
     slots that were selected but overflowed their expert (counts for balancing come before dropping);
-    `selected_TK` then still holds the choice. Weights need not sum to 1. `state` is handed to the next MoE layer.
+    `selected_TK` then still holds the choice. Weights need not sum to 1. `state` is handed to the next MoE layer's
+    router. `carry` holds what layers thread through depth (ctx.carry of the next one). `passes` are the routings of a
+    layer that routes several times; its own columns are then theirs side by side.
     """
 
     logits_TE: Tensor
@@ -44,8 +49,11 @@ class Routing:
     pairs: Pairs | None = None
     merge_GE: Tensor | None = None
     group_T: Tensor | None = None
+    keyed_T2HN: Tensor | None = None
     aux: dict[str, Tensor] = field(default_factory=dict)
     state: Any = None
+    carry: Mapping[str, Any] | None = None
+    passes: tuple[Routing, ...] = ()
 
     @property
     def tokens(self) -> int:
@@ -63,6 +71,9 @@ class Routing:
         """Selected pairs per expert before dropping, float32 [E]; tokens with mask_T False do not count."""
         if self.soft:
             raise ValueError("a soft routing selects no pairs: it has no counts")
+        if self.keyed_T2HN is not None:
+            on_TE = (self.keyed_T2HN > 0).flatten(1)
+            return (on_TE if mask_T is None else on_TE[mask_T]).sum(0).float()
         if self.pairs is not None:
             expert_S, keep_S = self.pairs.expert_S, None if mask_T is None else mask_T[self.pairs.token_S]
         else:
@@ -109,6 +120,8 @@ class Dispatch:
         """Sort a routing's pairs by expert; empty slots vanish. `row_to_expert` maps router rows to stored experts."""
         if routing.soft:
             raise ValueError("a soft routing merges parameters: it has no dispatch")
+        if routing.keyed_T2HN is not None:
+            raise ValueError("a keyed routing lists no experts: only a bank with `run_keyed` runs it")
         if routing.pairs is not None:
             token_S, expert_S, weight_S = routing.pairs
         else:

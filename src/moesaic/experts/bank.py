@@ -24,6 +24,8 @@ class ExpertBank(nn.Module):
 
     stacked: tuple[str, ...] = ()
     shows_activations = False
+    keyed = False
+    """The bank runs the keyed form of a routing, by `run_keyed`."""
 
     def __init__(self, dim: int, experts: int):
         super().__init__()
@@ -50,6 +52,10 @@ class ExpertBank(nn.Module):
     def run(self, x_TD: Tensor, dispatch: Dispatch, memo: dict[str, Any] | None = None) -> Tensor:
         """Gather, run, weigh, scatter: y [T, D]. `memo` is the call's scratch (RoutingContext.memo)."""
         return dispatch.combine(self(x_TD[dispatch.token_S], dispatch.offsets_E1))
+
+    def run_keyed(self, x_TD: Tensor, gates_T2HN: Tensor) -> Tensor:
+        """y [T, D] of the gates of H heads over the N keys of two sides (`Routing.keyed_T2HN`)."""
+        raise BadInput(f"{type(self).__name__} has no keyed halves")
 
     def activations(self, x_TD: Tensor, memo: dict[str, Any]) -> Tensor:
         """The experts' own view of every token, [T, E, ...], kept in `memo` so that `run` can reuse it."""

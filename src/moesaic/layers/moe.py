@@ -15,10 +15,11 @@ from moesaic.core.context import RoutingContext
 from moesaic.core.errors import BadInput, MissingNeed
 from moesaic.core.routing import Dispatch, Routing
 from moesaic.experts.bank import ExpertBank
+from moesaic.layers.layer import Layer
 from moesaic.routing.router import Router
 
 
-class MoE(nn.Module):
+class MoE(Layer):
     """`y, routing = moe(x, ctx)` for x [..., D].
 
     `router`, `bank` and `balance` take registered names or built objects; names are built from `dim`, `experts` and
@@ -58,18 +59,20 @@ class MoE(nn.Module):
         name = type(self.router).__name__
         if causal and not self.router.causal:
             raise BadInput(f"{name} lets a token's routing see later tokens: not for a causal host")
-        needs = self.router.needs - {"activations"}
-        if host is not None and needs - set(host):
-            raise MissingNeed(f"{name} needs {', '.join(sorted(needs - set(host)))}, which this host does not give")
+        self.check_host(type(self.router), self.router.needs - {"activations"}, host)
+        self.check_host(type(self), self.needs, host)
         if "activations" in self.router.needs and not self.bank.shows_activations:
             raise MissingNeed(f"{name} needs 'activations': a bank that shows them, such as 'autonomous'")
         runs = getattr(self.router, "true_experts", self.router.num_experts)
         rows = self.bank.num_experts if self.bank.row_to_expert is None else len(self.bank.row_to_expert)
         if runs != rows:
             raise BadInput(f"{name} routes over {runs} experts, the bank serves {rows}")
+        if self.router.keyed != self.bank.keyed:
+            keyed, other = (name, self.bank) if self.router.keyed else (type(self.bank).__name__, self.router)
+            raise BadInput(f"{keyed} works with two keyed halves, {type(other).__name__} does not: use 'monet' for both")
 
     def forward(self, x: Tensor, ctx: RoutingContext | None = None) -> tuple[Tensor, Routing]:
-        ctx = RoutingContext(mode="train" if self.training else "eval") if ctx is None else ctx
+        ctx = self.context(ctx)
         x_TD = x.reshape(-1, x.shape[-1])
         if self.bank.shows_activations:
             ctx = ctx.replace(activations=partial(self.bank.activations, memo=ctx.memo))
@@ -80,9 +83,11 @@ class MoE(nn.Module):
         if self.shared is not None:
             y_TD = y_TD + self.shared(x_TD)
         ctx.memo.clear()
-        return y_TD.reshape(x.shape), routing
+        return y_TD.reshape(x.shape), routing.replace(carry=ctx.carry)
 
     def _run(self, x_TD: Tensor, routing: Routing, ctx: RoutingContext) -> Tensor:
+        if routing.keyed_T2HN is not None:
+            return self.bank.run_keyed(x_TD, routing.keyed_T2HN)
         if not routing.soft:
             dispatch = Dispatch.of(routing, self.bank.row_to_expert, self.bank.num_experts)
             return self.bank.run(x_TD, dispatch, ctx.memo)

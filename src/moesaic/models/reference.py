@@ -18,7 +18,7 @@ from moesaic.core.errors import BadInput
 from moesaic.core.routing import Routing
 from moesaic.layers.moe import MoE
 
-HOST = frozenset({"previous", "attention", "token_ids", "positions", "sequence_ids", "step", "generator"})
+HOST = frozenset({"previous", "carry", "attention", "token_ids", "positions", "sequence_ids", "step", "generator"})
 """What this host gives to routers."""
 
 
@@ -66,10 +66,11 @@ class Block(nn.Module):
 
     def forward(self, x_BND: Tensor, ctx: RoutingContext, mask_BN: Tensor | None) -> tuple[Tensor, Routing]:
         width = x_BND.shape[-1:]
-        y_BND, mix = self.attention(rms_norm(x_BND, width), mask_BN)
-        x_BND = x_BND + y_BND
-        y_BND, routing = self.moe(rms_norm(x_BND, width), ctx.replace(attention=mix))
-        return x_BND + y_BND, routing
+        if not self.moe.attends:
+            y_BND, mix = self.attention(rms_norm(x_BND, width), mask_BN)
+            x_BND, ctx = x_BND + y_BND, ctx.replace(attention=mix)
+        y_BND, routing = self.moe(rms_norm(x_BND, width), ctx)
+        return x_BND + y_BND if self.moe.residual else y_BND, routing
 
 
 class ReferenceLM(nn.Module):
@@ -146,8 +147,8 @@ class ReferenceLM(nn.Module):
         )
         routings: list[Routing] = []
         for layer, block in enumerate(self.blocks):
-            previous = routings[-1].state if routings else None
-            ctx = ctx.replace(layer=layer, previous=previous, memo={})
+            last = routings[-1] if routings else None
+            ctx = ctx.replace(layer=layer, previous=last and last.state, carry=(last and last.carry) or {}, memo={})
             if self.checkpoint and self.training:
                 from torch.utils.checkpoint import checkpoint
 

@@ -26,6 +26,8 @@ class Router(nn.Module):
 
     needs: ClassVar[frozenset[str]] = frozenset()
     causal: bool = True
+    keyed: ClassVar[bool] = False
+    """It returns the keyed form: gates over the halves of a bank."""
     bank: ClassVar[str] = "gated_mlp"
     """The registered bank that this router is made for."""
 
