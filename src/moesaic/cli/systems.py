@@ -37,13 +37,19 @@ def row(entry: Entry) -> dict[str, Any]:
     }
 
 
-GPU = {"statistics": "NumPy, on the CPU", "policies": "NumPy, on the CPU", "lossy": "streaming is on the CPU"}
+GPU = {
+    "statistics": "NumPy, on the CPU",
+    "policies": "NumPy, on the CPU",
+    "lossy": "streaming is on the CPU",
+    "schedules": "plain Python",
+}
 """What holds for a whole family that says nothing by method."""
 TESTED = {
     "routing": "tests/routing, tests/matrix/test_routers.py",
     "experts": "tests/experts, tests/matrix/test_banks.py",
     "balancing": "tests/balancing, tests/matrix/test_balancers.py",
     "layers": "tests/layers, tests/matrix/test_layers.py",
+    "schedules": "tests/schedules",
     "kernels": "tests/kernels",
     "lossy": "tests/serving/test_lossy.py",
     "policies": "tests/trace/policies, tests/matrix/test_policies.py",

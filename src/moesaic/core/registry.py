@@ -21,6 +21,7 @@ FAMILIES = {
     "routing": "moesaic.routing",
     "experts": "moesaic.experts",
     "balancing": "moesaic.balancing",
+    "schedules": "moesaic.schedules",
     "layers": "moesaic.layers",
     "kernels": "moesaic.kernels",
     "policies": "moesaic.trace.policies",
