@@ -14,7 +14,7 @@ from moesaic.models.reference import HOST, ReferenceLM
 
 LAYERS = [entry.name for entry in registry.entries("layers")]
 GIVES = HOST | {"task_ids", "language_ids"}
-DIM, EXPERTS = 16, 8
+DIM, EXPERTS = 16, 16
 
 
 def build(name, **options):
@@ -60,7 +60,13 @@ def chain(layer, x_TD, ctx):
     return x_TD
 
 
-TWINS = {"deepseekmoe": plain, "chain_of_experts": chain, "momentum": plain}
+def halves(layer, x_TD, ctx):
+    gates_T2HN = layer.router(x_TD, ctx).keyed_T2HN
+    weight_TNN = torch.einsum("thi,thj->tij", *gates_T2HN.unbind(1)).flatten(1)
+    return sum(weight_TNN[:, e : e + 1] * layer.bank.expert(e, x_TD) for e in range(len(layer.bank)))
+
+
+TWINS = {"monet": halves, "deepseekmoe": plain, "chain_of_experts": chain, "momentum": plain}
 
 
 @pytest.mark.parametrize("name", LAYERS)

@@ -68,8 +68,9 @@ class MoE(Layer):
         if runs != rows:
             raise BadInput(f"{name} routes over {runs} experts, the bank serves {rows}")
         if self.router.keyed != self.bank.keyed:
-            keyed, other = (name, self.bank) if self.router.keyed else (type(self.bank).__name__, self.router)
-            raise BadInput(f"{keyed} works with two keyed halves, {type(other).__name__} does not: use 'monet' for both")
+            bank = type(self.bank).__name__
+            keyed, other = (name, bank) if self.router.keyed else (bank, name)
+            raise BadInput(f"{keyed} works with two keyed halves, {other} does not: the layer 'monet' joins them")
 
     def forward(self, x: Tensor, ctx: RoutingContext | None = None) -> tuple[Tensor, Routing]:
         ctx = self.context(ctx)
