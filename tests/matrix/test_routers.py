@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.utils.flop_counter import FlopCounterMode
 
 from moesaic.core import registry
 from moesaic.core.context import RoutingContext
@@ -35,12 +36,12 @@ def layer(name, experts=8):
 def context(tokens, sequences=1, **kw):
     length = tokens // sequences
     return RoutingContext(
+        **{"step": 3, **kw},
         threads_state=True,
         attention=Uniform(sequences, length),
         token_ids=torch.arange(tokens) * 7 % 97,
         positions=torch.arange(length).repeat(sequences),
         sequence_ids=torch.arange(sequences).repeat_interleave(length),
-        **kw,
     )
 
 
@@ -131,16 +132,41 @@ def test_padding_does_not_leak(name):
 
 @pytest.mark.parametrize("name", ROUTERS)
 def test_the_future_stays_unseen_by_those_that_say_so(name):
+    """In both modes; a router that looks ahead in one of them only is not causal."""
     causal = registry.get("routing", name).causal
-    moe = layer(name).eval()
+    moe = layer(name)
     with torch.no_grad():
         for p in moe.router.parameters():
             p.mul_(20)
     x = torch.randn(40, DIM)
     later = x.clone()
     later[25:] += 3 * torch.randn(15, DIM)
-    same = torch.allclose(moe(later, context(40))[0][:25], moe(x, context(40))[0][:25], rtol=1e-4, atol=1e-5)
-    assert same == causal
+    same = []
+    for mode in ("train", "eval"):
+        moe.train(mode == "train")
+        outputs = []
+        for tokens in (x, later):
+            torch.manual_seed(5)  # the same noise
+            outputs.append(moe(tokens, context(40, mode=mode))[0][:25])
+        same.append(torch.allclose(*outputs, rtol=1e-4, atol=1e-5))
+    assert all(same) == causal
+
+
+@pytest.mark.parametrize("name", ROUTERS)
+def test_its_cost_is_what_it_declares(name):
+    router, sequences, length = layer(name).router.train(), 2, 12
+    ctx = context(sequences * length, sequences, mode="train")
+    x = torch.randn(sequences * length, DIM)
+    if "activations" in router.needs:
+        ctx = ctx.replace(activations=lambda tokens: torch.ones(len(tokens), 8, 4))
+    if "previous" in router.needs:
+        ctx = ctx.replace(previous=router(x, ctx).state)
+    with FlopCounterMode(display=False) as counter:
+        router(x, ctx)
+    products = router.flops_per_token(length) - router.sweep_flops
+    attended = 2 * length * 8 if "attention" in router.needs else 0  # of one sequence, in a matrix that holds both
+    assert counter.get_total_flops() == pytest.approx(sequences * length * (products + attended))
+    assert router.parameter_count == sum(p.numel() for p in router.parameters())
 
 
 @pytest.mark.parametrize("name", ROUTERS)

@@ -23,11 +23,16 @@ class AttentionAware(Router):
     """
 
     needs = frozenset({"attention"})
+    sees_past = True
 
     def __init__(self, dim: int, experts: int, k: int = 2):
         super().__init__(experts, k)
         self.score = LinearScore(dim, experts)
         self.offset_E = nn.Parameter(torch.zeros(experts))
+
+    def flops_per_token(self, length: int = 1) -> float:
+        """The mixing reads every token of the sequence: 2 N E more. The scores that it mixes by are the attention's."""
+        return super().flops_per_token() + 2.0 * length * self.num_experts
 
     def forward(self, x_TD: Tensor, ctx: RoutingContext) -> Routing:
         logits_TE = self.score(x_TD, ctx) + self.offset_E

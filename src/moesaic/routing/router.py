@@ -24,8 +24,10 @@ class Router(nn.Module):
     no later token. `shared(...)` builds modules that one model shares between all its MoE layers.
     """
 
-    needs: ClassVar[frozenset[str]] = frozenset()
+    needs: frozenset[str] = frozenset()
     causal: bool = True
+    sees_past: ClassVar[bool] = False
+    """A token's routing looks at earlier tokens of its sequence: a host that decodes with a cache must show them again."""
     keyed: ClassVar[bool] = False
     """It returns the keyed form: gates over the halves of a bank."""
     bank: ClassVar[str] = "gated_mlp"
@@ -46,6 +48,23 @@ class Router(nn.Module):
     def shared(dim: int, **options: Any) -> dict[str, nn.Module]:
         """Modules that all layers of one model share, passed to each layer's constructor by name."""
         return {}
+
+    @property
+    def parameter_count(self) -> int:
+        """Parameters of the router, shared modules included; what it adds to a layer beside the bank."""
+        return sum(p.numel() for p in self.parameters())
+
+    def flops_per_token(self, length: int = 1) -> float:
+        """FLOPs to route one of the `length` tokens of a sequence, in training: matrix products and `sweep_flops`.
+
+        By default every matrix of the router multiplies once, 2 FLOPs per entry: 2 D E for a linear one.
+        """
+        return 2.0 * sum(p.numel() for p in self.parameters() if p.dim() > 1) + self.sweep_flops
+
+    @property
+    def sweep_flops(self) -> float:
+        """FLOPs per token of an iterative solver's elementwise sweeps; a part of flops_per_token. 0 without a solver."""
+        return 0.0
 
     def probs(self, logits_TE: Tensor, ctx: RoutingContext) -> Tensor:
         """What load losses call probability; softmax unless a router says otherwise."""

@@ -27,6 +27,11 @@ def keep_best_groups(scores_TE: Tensor, groups: int, keep: int, by: Literal["max
     return scores_TE.masked_fill(~kept_TG.repeat_interleave(experts // groups, dim=1), float("-inf"))
 
 
+def default_groups(experts: int) -> int:
+    """Groups when nobody says: the largest of 8, 4, 2 that leaves at least two experts in each, else 1."""
+    return next((groups for groups in (8, 4, 2) if experts % groups == 0 and experts >= 2 * groups), 1)
+
+
 def check_groups(experts: int, k: int, groups: int, keep: int) -> None:
     """Raises BadInput for groups that do not divide the experts or cannot hold k of them."""
     if groups < 1 or experts % groups:

@@ -33,6 +33,10 @@ class Smear(Router):
         self.vector_gain_D = nn.Parameter(torch.full((dim,), router_init_scale))
         self.offset_E = nn.Parameter(torch.zeros(experts))
 
+    def flops_per_token(self, length: int = 1) -> float:
+        """One decision per sequence. Merging the parameters is the bank's cost."""
+        return super().flops_per_token() / length
+
     def forward(self, x_TD: Tensor, ctx: RoutingContext) -> Routing:
         group_T = torch.unique(ctx.need("sequence_ids", "smear"), return_inverse=True)[1]
         with torch.autocast(x_TD.device.type, enabled=False):

@@ -12,10 +12,12 @@ from moesaic.core.errors import BadInput
 from moesaic.core.registry import register
 from moesaic.core.routing import Routing
 from moesaic.routing.capacity import Policy, apply_capacity, capacity
+from moesaic.routing.follow import Follow
 from moesaic.routing.router import Router
 from moesaic.routing.score import LinearScore, NoisyScore
 from moesaic.routing.select import check_groups, keep_best_groups, top_k
 from moesaic.routing.weigh import gather, renormalise
+from moesaic.schedules.schedule import Scheduled, as_schedule
 
 Convention = Literal["softmax", "renormalised", "topk_softmax", "sigmoid"]
 
@@ -25,9 +27,10 @@ class TopK(Router):
     """A linear map scores experts; the k best run; their outputs are mixed with score-derived weights.
 
     `convention`: "softmax" (a) w = p[idx]; "renormalised" (b) w = p[idx] / sum; "topk_softmax" (c) softmax(l[idx]);
-    "sigmoid" (d) select by sigmoid(l) + bias, w = scale * s / sum s. `groups` and `keep_groups` (e) restrict the
-    choice to the best groups, scored by their "max" or "top2". `bias_E` is moved by a bias controller (see
-    balancing/bias.py), enters the selection only, and gets no gradient. `capacity_factor` drops what overflows
+    "sigmoid" (d) select by sigmoid(l) + bias, w = scale * s / sum s: the sigmoid gate of DeepSeek-V3, a baseline of its
+    own. `k` is a number or a schedule of step and layer, such as progressive_sparsification. `groups` and `keep_groups`
+    (e) restrict the choice to the best groups, scored by their "max" or "top2". `bias_E` is moved by a bias controller
+    (see balancing/bias.py), enters the selection only, and gets no gradient. `capacity_factor` drops what overflows
     (`eval_capacity_factor` in evaluation; None keeps everything).
     """
 
@@ -35,7 +38,7 @@ class TopK(Router):
         self,
         dim: int,
         experts: int,
-        k: int = 2,
+        k: Scheduled = 2,
         convention: Convention = "renormalised",
         scale: float = 1.0,
         groups: int = 1,
@@ -48,9 +51,15 @@ class TopK(Router):
         eval_capacity_factor: float | None = None,
         overflow: Policy = "position",
     ):
-        super().__init__(experts, k)
+        schedule = as_schedule(k, "k")
+        super().__init__(experts, int(schedule.high))
         keep = groups if keep_groups is None else keep_groups
-        check_groups(experts, k, groups, keep)
+        check_groups(experts, self.k, groups, keep)
+        self.follow_k: Follow | None = None
+        if schedule.moves:
+            self.follow_k = Follow(schedule, "k")
+            self.follow_k.check(1, experts)
+            self.needs = self.needs | self.follow_k.needs
         if convention not in ("softmax", "renormalised", "topk_softmax", "sigmoid"):
             raise BadInput(f"convention={convention!r}: one of softmax, renormalised, topk_softmax, sigmoid")
         self.convention, self.scale = convention, scale
@@ -72,7 +81,11 @@ class TopK(Router):
         scores_TE = base_TE + self.bias_E
         if self.keep_groups < self.groups:
             scores_TE = keep_best_groups(scores_TE, self.groups, self.keep_groups, self.group_score)
-        return top_k(scores_TE, self.k)
+        return top_k(scores_TE, self.k_now(ctx))
+
+    def k_now(self, ctx: RoutingContext) -> int:
+        """Experts per token at this step and in this layer; `k` is their maximum."""
+        return self.k if self.follow_k is None else self.follow_k.whole(ctx)
 
     def weigh(self, logits_TE: Tensor, experts_TK: Tensor, ctx: RoutingContext) -> Tensor:
         if self.convention == "topk_softmax":
@@ -93,4 +106,4 @@ class TopK(Router):
         if factor is None:
             return routing
         tokens = routing.tokens if ctx.mask is None else int(ctx.mask.sum())
-        return apply_capacity(routing, capacity(tokens, self.k, self.num_experts, factor), self.overflow)
+        return apply_capacity(routing, capacity(tokens, self.k_now(ctx), self.num_experts, factor), self.overflow)
