@@ -1,12 +1,15 @@
 """moesaic: make a Mixture-of-Experts fit: your machine, your data, your task.
 
-Importing this package imports nothing heavy; each name below loads what it needs on first use.
+Importing this package imports nothing heavy; each name below loads what it needs on first use. transformers' auto classes
+learn our reference models as soon as both are there.
 """
 
 from __future__ import annotations
 
 import importlib
 from typing import Any
+
+from moesaic.models import auto
 
 __version__ = "0.1.0"
 
@@ -35,3 +38,6 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted(__all__)
+
+
+auto.install()

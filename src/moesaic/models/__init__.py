@@ -1,1 +1,1 @@
-"""Reference models."""
+"""Reference models, registered with transformers: `AutoModelForCausalLM` knows them after `import moesaic`."""

@@ -1,0 +1,1 @@
+"""The reference language model: any registered router, bank and layer inside a transformers model (`model_type: moesaic`)."""
