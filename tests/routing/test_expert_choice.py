@@ -82,3 +82,23 @@ def test_small_batches_use_at_least_one_token_and_padding_comes_last():
     routing = router(torch.randn(16, 16), RoutingContext(mask=mask))
     assert (routing.pairs.weight_S[~mask[routing.pairs.token_S]] == 0).all()
     assert mask[routing.pairs.token_S].all()  # 12 real tokens, 2 wanted: padding is not needed
+
+
+def test_a_cap_bounds_the_experts_per_token_and_keeps_loads_even():
+    free, capped = ExpertChoice(16, 8, average=2), ExpertChoice(16, 8, average=2, cap=3, sweeps=500)
+    with torch.no_grad():
+        free.score.weight.mul_(20)
+    capped.load_state_dict(free.state_dict())
+    x = torch.randn(96, 16)
+    a, b = free(x, RoutingContext()), capped(x, RoutingContext())
+    most = [torch.bincount(r.pairs.token_S, minlength=96).max() for r in (a, b)]
+    assert most[0] > 3 and most[1] <= 3
+    assert b.counts_E().tolist() == a.counts_E().tolist() == [24.0] * 8
+    assert torch.equal(b.pairs.weight_S, b.probs_TE[b.pairs.token_S, b.pairs.expert_S]), "weights stay softmax values"
+    assert b.pairs.weight_S.sum() < a.pairs.weight_S.sum(), "a cap costs mass"
+    loose = ExpertChoice(16, 8, average=2, cap=8, sweeps=500)
+    loose.load_state_dict(free.state_dict())
+    c = loose(x, RoutingContext())
+    assert c.pairs.weight_S.sum() == pytest.approx(a.pairs.weight_S.sum(), rel=1e-3), "a cap of E binds nothing"
+    with pytest.raises(BadInput, match="cap=1"):
+        ExpertChoice(16, 8, average=2, cap=1)
