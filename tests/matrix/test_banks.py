@@ -36,7 +36,7 @@ def random_dispatch(tokens, experts, k, only=None):
 
 
 def naive(bank, x_TD, dispatch):
-    out = [x_TD.new_zeros(DIM) for _ in range(len(x_TD))]
+    out = [0 * row for row in x_TD]
     for t, e, w in zip(dispatch.token_S, dispatch.expert_S, dispatch.weight_S, strict=True):
         offsets = (torch.arange(bank.num_experts + 1) > int(e)).long()
         out[int(t)] = out[int(t)] + w * bank(x_TD[int(t) : int(t) + 1], offsets)[0]

@@ -16,6 +16,7 @@ from moesaic.core.errors import BadInput
 from moesaic.core.registry import register
 from moesaic.core.routing import Routing
 from moesaic.experts.shared import SharedExperts
+from moesaic.layers.layer import summed_losses
 from moesaic.layers.moe import MoE
 from moesaic.routing.router import Router
 
@@ -100,8 +101,7 @@ class ChainOfExperts(MoE):
 def side_by_side(passes: list[Routing]) -> Routing:
     """One routing with the slots of all passes: logits and state are the last one's, losses of one name are summed."""
     last = passes[-1]
-    names = {name for routing in passes for name in routing.aux}
-    aux = {name: torch.stack([r.aux[name] for r in passes if name in r.aux]).sum(0) for name in sorted(names)}
+    aux = summed_losses(passes)
     if last.experts_TK is None:
         return last.replace(aux=aux, passes=tuple(passes))
 

@@ -80,6 +80,7 @@ class Hydra(Layer):
 
     needs = frozenset({"sequence_ids", "positions"})
     attends: ClassVar[bool] = True
+    own_norm: ClassVar[bool] = True
     residual = False
     no_cache: ClassVar[str] = "its SSM state, chunk means and window live in the layer's own pass over a sequence"
 

@@ -25,6 +25,8 @@ class Layer(nn.Module):
     """False: y takes the place of the stream instead of being added to it."""
     attends: ClassVar[bool] = False
     """True: the layer brings its own attention, and its host leaves out the block's own."""
+    own_norm: ClassVar[bool] = False
+    """True: x is the stream itself, and the layer normalises where its method says."""
     no_cache: ClassVar[str] = ""
     """Why the layer cannot decode one token at a time against a host's cache; empty when it can."""
 
@@ -43,3 +45,12 @@ class Layer(nn.Module):
 
     def after_step(self) -> None:
         """Call once after every optimiser step."""
+
+
+def summed_losses(passes: Iterable[Routing]) -> dict[str, Tensor]:
+    """The `aux` of several routings of one layer: entries of one name are added."""
+    total: dict[str, Tensor] = {}
+    for routing in passes:
+        for name, value in routing.aux.items():
+            total[name] = total[name] + value if name in total else value
+    return total

@@ -23,9 +23,10 @@ class MoE(Layer):
     """`y, routing = moe(x, ctx)` for x [..., D].
 
     `router`, `bank` and `balance` take registered names or built objects; names are built from `dim`, `experts` and
-    the options mappings. `host` names the needs that the surrounding model can give, and `causal` says whether it is
-    a causal one: an impossible combination is refused here, not in the first forward. In training the weighted
-    balance losses are in `routing.aux` under `loss/NAME`.
+    the options mappings; `balance` maps a name to its coefficient (a controller's rate) or to its options. `host` names
+    the needs that the surrounding model can give, and `causal` says whether it is a causal one: an impossible combination
+    is refused here, not in the first forward. In training the weighted balance losses are in `routing.aux` under
+    `loss/NAME`.
     """
 
     def __init__(
@@ -35,7 +36,7 @@ class MoE(Layer):
         router: str | Router = "topk",
         bank: str | ExpertBank | None = None,
         shared: nn.Module | None = None,
-        balance: Mapping[str, float] | Iterable[Balancer] = (),
+        balance: Mapping[str, Any] | Iterable[Balancer] = (),
         *,
         causal: bool = False,
         host: Iterable[str] | None = None,
@@ -114,18 +115,22 @@ class MoE(Layer):
             balancer.after_step()
 
 
-def _named(balance: Mapping[str, float] | Iterable[Balancer]) -> list[tuple[str, float | Balancer]]:
+def _named(balance: Mapping[str, Any] | Iterable[Balancer]) -> list[tuple[str, Any]]:
     if isinstance(balance, Mapping):
         return list(balance.items())
     return [(type(b).__name__.lower(), b) for b in balance]
 
 
-def _balancer(name: str, value: float | Balancer, router: Router) -> Balancer:
-    """A registered balancer with its coefficient (a controller's rate), told what it must know of the router."""
+def _balancer(name: str, value: float | Mapping[str, Any] | Balancer, router: Router) -> Balancer:
+    """A registered balancer with its coefficient (a controller's rate) or options, told what it must know of the router."""
     if isinstance(value, Balancer):
         balancer = value
     else:
         entry = registry.get("balancing", name)
-        balancer = entry.build(**{"rate" if "rate" in entry.parameters else "coefficient": value})
+        options = value if isinstance(value, Mapping) else {("rate" if "rate" in entry.parameters else "coefficient"): value}
+        try:
+            balancer = entry.build(**options)
+        except TypeError as error:
+            raise BadInput(f"balance.{name}: {error}") from error
     balancer.bind(router)
     return balancer
