@@ -119,7 +119,7 @@ def test_recomputation_does_not_count_twice():
         loss, _ = model(torch.randint(0, 256, (2, 40)))
         loss.backward()
         controller = model.blocks[0].moe.balancers["bias"]
-        assert controller._counts_E.sum() == 2 * 39 * 2
+        assert controller._counts_E.sum() == 2 * 40 * 2
         model.after_step()
         biases.append(model.blocks[0].moe.router.bias_E.clone())
     assert biases[0].any() and torch.equal(*biases)

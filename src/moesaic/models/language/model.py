@@ -87,7 +87,7 @@ class Block(nn.Module):
         if self.moe is not None:
             if seed is not None:  # made here, so that a recomputed block draws the same numbers again
                 ctx = ctx.replace(generator=torch.Generator(x_BND.device).manual_seed(seed + self.index))
-            y_BND, routing = self.moe(h_BND, ctx)
+            y_BND, routing = self.moe(x_BND if getattr(self.moe, "own_norm", False) else h_BND, ctx)
             x_BND = x_BND + y_BND if getattr(self.moe, "residual", True) else y_BND
         return x_BND if dense_BND is None else x_BND + dense_BND, routing
 
@@ -124,7 +124,8 @@ class MoesaicPreTrainedModel(PreTrainedModel):
         asked = {"use_reentrant": False, **(gradient_checkpointing_kwargs or {})}
         if asked["use_reentrant"]:
             raise BadInput("gradient checkpointing with use_reentrant=True cuts balance losses off from the router: use False")
-        self._activation_checkpointing_enable(asked, **kwargs)
+        enable = getattr(self, "_activation_checkpointing_enable", None) or super().gradient_checkpointing_enable
+        enable(asked, **kwargs)
 
 
 class MoesaicModel(MoesaicPreTrainedModel):
