@@ -22,8 +22,8 @@ class ExpertChoice(Router):
     The softmax is over experts, the top-k over tokens; weights are the raw softmax values. `pool`: "all" tokens of
     the call, each "sequence", or each "position" across the batch, the only causal one. Padding scores 0: it is
     taken only when real tokens run out, and then weighs 0. `cap` bounds the experts per token: the C best are then those
-    of an entropic plan under that cap (`smooth` its entropy, `sweeps` of Dykstra's projections; where the plan is not
-    whole a token may pass the cap by one), while the weights stay softmax values.
+    of an entropic plan under that cap (`smooth` its entropy, `sweeps` of Dykstra's projections), while the weights stay
+    softmax values. The plan keeps the cap; taking its C largest may pass it among near ties, where the plan is fractional.
     """
 
     def __init__(

@@ -1,0 +1,49 @@
+"""DSelect-k: K selectors, each a product of smooth-step bits that become a binary expert code."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+from moesaic.core.context import RoutingContext
+from moesaic.core.errors import BadInput
+from moesaic.core.registry import register
+from moesaic.core.routing import Routing
+from moesaic.routing.router import Router
+from moesaic.routing.smooth_step import smooth_step, sparse_routing
+
+
+@register("routing", "dselect_k", paper="2106.03760", card="routing.md#comet")
+class DSelectK(Router):
+    """w = sum_j softmax(W x)_j r_j, r_j[e] the product over m = ceil(log2 E) bits of S or 1 - S by e's binary code.
+
+    With `per_example` bits and mixture depend on the token, else they are parameters of their own. Bits start at
+    U(-gamma, gamma) / 100. Codes of no expert (E not a power of two) may hold mass, so that weights sum to less than 1; the
+    loss (balancing/dselect_k.py) keeps it out of them. Saturated bits leave at most K experts.
+    """
+
+    def __init__(self, dim: int, experts: int, k: int = 2, gamma: float = 1.0, per_example: bool = True):
+        super().__init__(experts, k)
+        if k < 1 or gamma <= 0:
+            raise BadInput(f"k={k}, gamma={gamma}: at least one selector, and a positive gamma")
+        self.gamma, self.per_example = gamma, per_example
+        self.bits = max(1, math.ceil(math.log2(experts)))
+        width = (dim,) if per_example else ()
+        self.bit_weight = nn.Parameter(torch.empty(k * self.bits, *width).uniform_(-gamma / 100, gamma / 100))
+        self.mix_weight = nn.Parameter(torch.empty(k, *width).uniform_(-0.05, 0.05))
+        self.code_Em: Tensor
+        code_Em = torch.arange(experts).unsqueeze(1) >> torch.arange(self.bits) & 1
+        self.register_buffer("code_Em", code_Em.bool(), persistent=False)
+
+    def forward(self, x_TD: Tensor, ctx: RoutingContext) -> Routing:
+        tokens = x_TD.shape[0]
+        with torch.autocast(x_TD.device.type, enabled=False):
+            weights = self.bit_weight.float(), self.mix_weight.float()
+            bits, mix = (linear(x_TD.float(), w) if self.per_example else w.expand(tokens, -1) for w in weights)
+            on_TKm = smooth_step(bits.reshape(tokens, self.k, self.bits), self.gamma)
+            code_TKE = torch.where(self.code_Em, on_TKm.unsqueeze(2), 1 - on_TKm.unsqueeze(2)).prod(-1)
+            weights_TE = (mix.softmax(-1).unsqueeze(-1) * code_TKE).sum(1)
+        return sparse_routing(weights_TE, weights_TE, ctx, code_TKE)
