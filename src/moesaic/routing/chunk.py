@@ -29,7 +29,7 @@ class Chunk(Router):
 
     needs = frozenset({"sequence_ids", "positions"})
     sees_past: ClassVar[bool] = True
-    no_cache: ClassVar[str] = "a chunk is routed by the mean of the chunk before it, which a single token does not show"
+    no_cache = "a chunk is routed by the mean of the chunk before it, which a single token does not show"
 
     def __init__(
         self,

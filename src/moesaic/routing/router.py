@@ -28,6 +28,8 @@ class Router(nn.Module):
     causal: bool = True
     sees_past: ClassVar[bool] = False
     """A token's routing looks at earlier tokens of its sequence: a host that decodes with a cache must show them again."""
+    no_cache: str = ""
+    """Why a host cannot decode with this router one token at a time against its cache; empty when it can."""
     keyed: ClassVar[bool] = False
     """It returns the keyed form: gates over the halves of a bank."""
     bank: ClassVar[str] = "gated_mlp"

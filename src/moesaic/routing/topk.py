@@ -66,6 +66,8 @@ class TopK(Router):
         self.groups, self.keep_groups, self.group_score = groups, keep, group_score
         self.capacity_factor, self.eval_capacity_factor, self.overflow = capacity_factor, eval_capacity_factor, overflow
         self.causal = (capacity_factor is None and eval_capacity_factor is None) or overflow == "position"
+        if eval_capacity_factor is not None:
+            self.no_cache = "its capacity in evaluation follows from the number of tokens in the call"
         linear = LinearScore(dim, experts, jitter=jitter)
         self.score = NoisyScore(linear, noise, noise_std) if noise else linear
         self.bias_E: Tensor
