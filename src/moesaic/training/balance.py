@@ -16,6 +16,53 @@ from moesaic.core.registry import Entry, get
 from moesaic.core.routing import Routing
 
 
+class OwnBalance:
+    """`Balance` of a model that routes and balances by itself: one whose decoder returns `routings`, and whose
+    configuration has taken in the recipe's `balance`. Its losses come with their coefficients, summed over layers."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        self.layers = len(model.config.moe_layers())
+        self.coefficients: dict[str, float] = dict.fromkeys(model.config.balance, 1.0)
+        self._routings: tuple[Routing, ...] = ()
+        self._handle = model.get_decoder().register_forward_hook(self._keep)
+
+    def _keep(self, module: nn.Module, args: tuple, output: Any) -> None:
+        self._routings = output.routings
+
+    def losses(self, sequences: int, training: bool) -> dict[str, Tensor]:
+        """Each method's share of the loss in the last forward pass; none in evaluation."""
+        found: dict[str, list[Tensor]] = {}
+        for routing in self._routings:
+            for key, value in routing.aux.items():
+                if key.startswith("loss/"):
+                    found.setdefault(key.removeprefix("loss/"), []).append(value)
+        for name in found:
+            self.coefficients.setdefault(name, 1.0)
+        return {name: torch.stack(parts).sum() for name, parts in found.items()}
+
+    def load(self) -> list[Tensor]:
+        """Share of the choices that each router row of each layer got in the last forward pass, [E] per layer."""
+        counts = [routing.counts_E() for routing in self._routings if not routing.soft]
+        return [counts_E / counts_E.sum().clamp(min=1) for counts_E in counts]
+
+    def clear(self) -> None:
+        """Let go of the last forward pass, and of its graph."""
+        self._routings = ()
+
+    def after_step(self) -> None:
+        self.model.after_step()
+
+    def close(self) -> None:
+        self._handle.remove()
+
+
+def balance_of(model: Any, methods: dict[str, Any]) -> Balance | OwnBalance:
+    """What balances `model`: itself, or these methods on its routers. Raises BadInput, see Balance."""
+    own = hasattr(model, "after_step") and hasattr(model.config, "balance")
+    return OwnBalance(model) if own else Balance(model, methods)
+
+
 class Balance:
     """Listens to every router of `model`; after a forward pass, `losses()` are its balance losses and `load()` its load.
 

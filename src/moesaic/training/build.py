@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from moesaic.core.errors import BadInput
+from moesaic.core.errors import BadInput, MoesaicError
 from moesaic.training import attention
 from moesaic.training.config import TrainConfig
 from moesaic.training.data import PackedTokens, tokenize, train_tokenizer
@@ -64,10 +64,14 @@ def build_model(config: TrainConfig, tokenizer: Any) -> Any:
         raise BadInput(f"seq_len: {config.seq_len} is more than model.max_position_embeddings, {longest}")
     try:
         model = AutoModelForCausalLM.from_config(settings, experts_implementation=config.experts_implementation)
+    except MoesaicError as error:
+        raise BadInput(f"model: {_line(error)}") from error
     except (ValueError, KeyError, ImportError) as error:
         if "experts" in str(error).lower():
             raise BadInput(f"experts_implementation: {_line(error)}") from error
         raise BadInput(f"model: {_line(error)}") from error
+    if not getattr(model.config, "causal", True):
+        raise BadInput("model.causal: false: this command trains models that predict the next token")
     try:
         _set_attention(model, config)
     except (ValueError, KeyError, ImportError) as error:
@@ -96,6 +100,10 @@ def _model_config(config: TrainConfig, tokenizer: Any) -> Any:
     if fields.get("vocab_size", len(tokenizer)) < len(tokenizer):
         raise BadInput(f"model.vocab_size: {fields['vocab_size']} is less than the tokenizer's {len(tokenizer)}")
     given = {"vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id, "bos_token_id": None, **fields}
+    if config.balance and hasattr(known, "balance"):  # a model that balances by itself
+        if fields.get("balance"):
+            raise BadInput("balance and model.balance: give one of them")
+        given["balance"] = config.balance
     try:
         return AutoConfig.for_model(kind, **given)
     except Exception as error:  # transformers' validators raise classes of their own

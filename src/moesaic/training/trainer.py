@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from moesaic.core.errors import BadInput
 from moesaic.training import build, checkpoint
-from moesaic.training.balance import Balance, max_violation
+from moesaic.training.balance import balance_of, max_violation
 from moesaic.training.config import TrainConfig, learning_rate
 from moesaic.training.loss import linear_cross_entropy, plain_head
 from moesaic.training.progress import Display, RunLog
@@ -52,7 +52,7 @@ class Trainer:
         self.valid_data = build.build_data(config, "valid", self.tokenizer, self.out) if config.valid else None
         self.model = build.build_model(config, self.tokenizer)
         self.head = plain_head(self.model)
-        self.balance = Balance(self.model, config.balance)
+        self.balance = balance_of(self.model, config.balance)
         self.optimizer = build.build_optimizer(config, self.model)
         self.resumed_from: Path | None = None
         self.last: dict[str, Any] = {}
