@@ -66,7 +66,14 @@ def halves(layer, x_TD, ctx):
     return sum(weight_TNN[:, e : e + 1] * layer.bank.expert(e, x_TD) for e in range(len(layer.bank)))
 
 
-TWINS = {"monet": halves, "deepseekmoe": plain, "chain_of_experts": chain, "momentum": plain, "openmoe": plain}
+TWINS = {
+    "monet": halves,
+    "deepseekmoe": plain,
+    "chain_of_experts": chain,
+    "momentum": plain,
+    "openmoe": plain,
+    "maestro": plain,
+}
 
 
 @pytest.mark.parametrize("name", LAYERS)

@@ -15,6 +15,7 @@ from moesaic.core.context import RoutingContext
 from moesaic.core.errors import BadInput, MissingNeed
 from moesaic.core.routing import Dispatch, Routing
 from moesaic.experts.bank import ExpertBank
+from moesaic.layers.experts_call import ExpertsCall
 from moesaic.layers.layer import Layer
 from moesaic.routing.router import Router
 
@@ -53,6 +54,7 @@ class MoE(Layer):
             bank = registry.get("experts", bank).build(dim, experts, **(bank_options or {}))
         assert isinstance(bank, ExpertBank)
         self.router, self.bank, self.shared = router, bank, shared
+        self.experts_call = ExpertsCall(self)
         self.balancers = {name: _balancer(name, value, router) for name, value in _named(balance)}
         self._check(causal, host)
 
@@ -90,6 +92,9 @@ class MoE(Layer):
     def _run(self, x_TD: Tensor, routing: Routing, ctx: RoutingContext) -> Tensor:
         if routing.keyed_T2HN is not None:
             return self.bank.run_keyed(x_TD, routing.keyed_T2HN)
+        if routing.experts_TK is not None and self.experts_call.bank is not None:
+            assert routing.weights_TK is not None
+            return self.experts_call(x_TD, routing.experts_TK, routing.weights_TK)
         if not routing.soft:
             dispatch = Dispatch.of(routing, self.bank.row_to_expert, self.bank.num_experts)
             return self.bank.run(x_TD, dispatch, ctx.memo)
