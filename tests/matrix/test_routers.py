@@ -16,6 +16,12 @@ from moesaic.models.reference import HOST, ReferenceLM
 
 ROUTERS = [entry.name for entry in registry.entries("routing")]
 DIM = 16
+GIVEN = {
+    "task_ids": lambda n: torch.arange(n) % 2,
+    "modality_ids": lambda n: torch.arange(n) // 3 % 2,
+    "class_ids": lambda n: torch.where(torch.arange(n) % 5 == 0, 1000, torch.arange(n) % 7),
+}
+"""What a caller hands to a host for the routers that need it: one id for each of n tokens (or sequences)."""
 
 
 class Uniform:
@@ -30,7 +36,15 @@ class Uniform:
 
 
 def layer(name, experts=8):
-    return MoE(DIM, experts, name, host=HOST)
+    return MoE(DIM, experts, name, host=HOST | GIVEN.keys())
+
+
+def model_of(name, **options):
+    """A small language model with this router, and the ids that its calls must be given, by sequence."""
+    entry = registry.get("routing", name)
+    given = sorted(entry.needs & GIVEN.keys())
+    model = ReferenceLM(dim=32, heads=2, experts=4, router=name, causal=entry.causal, gives=given, **options)
+    return model, lambda ids: {key: GIVEN[key](len(ids)) for key in given}
 
 
 def context(tokens, sequences=1, **kw):
@@ -42,6 +56,7 @@ def context(tokens, sequences=1, **kw):
         token_ids=torch.arange(tokens) * 7 % 97,
         positions=torch.arange(length).repeat(sequences),
         sequence_ids=torch.arange(sequences).repeat_interleave(length),
+        **{key: ids(tokens) for key, ids in GIVEN.items()},
     )
 
 
@@ -74,7 +89,7 @@ def test_the_class_says_what_the_registry_says(name):
             MoE(DIM, 8, name, causal=True)
     for need in entry.needs - {"activations"}:
         with pytest.raises(MissingNeed, match=need):
-            MoE(DIM, 8, name, host=HOST - {need})
+            MoE(DIM, 8, name, host=(HOST | GIVEN.keys()) - {need})
 
 
 @pytest.mark.parametrize("name", ROUTERS)
@@ -84,12 +99,13 @@ def test_output_and_all_gradients_equal_the_naive_layer(name, tokens, experts):
     x = torch.randn(tokens, DIM, requires_grad=True)
     y, routing = moe(x, context(tokens, mode="train"))
     seed = torch.randn_like(y)
-    wanted = [x, *(p for p in moe.parameters())]
+    named = [(key, p) for key, p in moe.named_parameters() if p.requires_grad]
+    wanted = [x, *(p for _, p in named)]
     got = torch.autograd.grad(y, wanted, seed, allow_unused=True, retain_graph=True)
     want_y = naive(moe, x, routing)
     want = torch.autograd.grad(want_y, wanted, seed, allow_unused=True)
     torch.testing.assert_close(y, want_y, rtol=1e-4, atol=1e-5)
-    for (key, _), a, b in zip([("x", x), *moe.named_parameters()], got, want, strict=True):
+    for (key, _), a, b in zip([("x", x), *named], got, want, strict=True):
         a, b = (torch.zeros(1) if g is None else g for g in (a, b))
         torch.testing.assert_close(a.expand_as(b) if a.numel() == 1 else a, b.expand_as(a), rtol=1e-3, atol=1e-4, msg=key)
 
@@ -119,14 +135,14 @@ def test_deterministic_and_saved(name, tmp_path):
 
 @pytest.mark.parametrize("name", ROUTERS)
 def test_padding_does_not_leak(name):
-    causal = registry.get("routing", name).causal
-    model = ReferenceLM(dim=32, heads=2, experts=4, router=name, causal=causal).eval()
+    model, given = model_of(name)
+    model.eval()
     ids = torch.randint(0, 256, (3, 20))
     mask = torch.arange(20) < torch.tensor([[20], [13], [7]])
     filled = torch.where(mask, ids, torch.randint(0, 256, ids.shape))
-    a, b = (model.hidden(i, mask)[0] for i in (ids, filled))
+    a, b = (model.hidden(i, mask, **given(i))[0] for i in (ids, filled))
     torch.testing.assert_close(a[mask], b[mask])
-    loss_a, loss_b = (model(i, mask)[0] for i in (ids, filled))
+    loss_a, loss_b = (model(i, mask, **given(i))[0] for i in (ids, filled))
     torch.testing.assert_close(loss_a, loss_b)
 
 
@@ -171,19 +187,16 @@ def test_its_cost_is_what_it_declares(name):
 
 @pytest.mark.parametrize("name", ROUTERS)
 def test_trains_inside_a_language_model_and_survives_recomputation(name):
-    causal = registry.get("routing", name).causal
     ids = (torch.arange(8).view(8, 1) * 5 + torch.arange(33)) % 24
     runs = []
     for checkpoint in (False, True):
         torch.manual_seed(0)
         balance = {} if name == "smear" else {"switch": 0.01}
-        model = ReferenceLM(
-            vocab_size=24, dim=32, heads=2, experts=4, router=name, causal=causal, balance=balance, checkpoint=checkpoint
-        )
+        model, given = model_of(name, vocab_size=24, balance=balance, checkpoint=checkpoint)
         optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
         losses = []
         for _ in range(40):
-            loss, routings = model(ids)
+            loss, routings = model(ids, **given(ids))
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()

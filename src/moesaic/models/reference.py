@@ -65,18 +65,18 @@ class ReferenceLM(nn.Module):
     def blocks(self) -> list[Block]:
         return self.language.model.blocks
 
-    def hidden(self, ids_BN: Tensor, mask_BN: Tensor | None = None) -> tuple[Tensor, list[Routing]]:
-        """Final hidden states [B, N, D] and each layer's routing."""
-        out = self.language.model(ids_BN, mask_BN, use_cache=False)
+    def hidden(self, ids_BN: Tensor, mask_BN: Tensor | None = None, **given: Tensor) -> tuple[Tensor, list[Routing]]:
+        """Final hidden states [B, N, D] and each layer's routing. `given` are task_ids and their like, [B] or [B, N]."""
+        out = self.language.model(ids_BN, mask_BN, use_cache=False, **given)
         return out.last_hidden_state, list(out.routings)
 
     def logits(self, ids_BN: Tensor, mask_BN: Tensor | None = None) -> Tensor:
         return self.language(ids_BN, mask_BN, use_cache=False).logits
 
-    def forward(self, ids_BN: Tensor, mask_BN: Tensor | None = None) -> tuple[Tensor, list[Routing]]:
+    def forward(self, ids_BN: Tensor, mask_BN: Tensor | None = None, **given: Tensor) -> tuple[Tensor, list[Routing]]:
         """Mean cross-entropy of the real tokens plus the layers' balance losses, and the routings."""
         labels_BN = ids_BN if mask_BN is None else ids_BN.masked_fill(~mask_BN, -100)
-        out = self.language(ids_BN, mask_BN, labels=labels_BN, output_routings=True)
+        out = self.language(ids_BN, mask_BN, labels=labels_BN, output_routings=True, **given)
         return out.loss, list(out.routings)
 
     def after_step(self) -> None:
