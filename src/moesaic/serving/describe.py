@@ -78,7 +78,7 @@ def _active(parameters: int, blocks: Any) -> int:
     """Parameters that one token touches: all but the experts that it does not choose."""
     idle = 0
     for block in blocks:
-        of_experts = sum(p.numel() for p in block.experts.parameters())
+        of_experts = sum(p.numel() for p in block.experts.parameters()) or sum(p.numel() for p in block.bank.stacked())
         idle += of_experts * (block.num_experts - block.top_k) // block.num_experts
     return parameters - idle
 

@@ -164,20 +164,24 @@ class ViewBank:
     @property
     def expert_bytes(self) -> int:
         """Bytes of one expert as stored."""
-        return sum(p.numel() * p.element_size() for p in self._stacked()) // len(self)
+        return sum(p.numel() * p.element_size() for p in self.stacked()) // len(self)
 
     @property
     def cost_E(self) -> Tensor:
         """FLOPs per token of each expert, float32 [E]."""
-        return torch.full((len(self),), 2.0 * (sum(p.numel() for p in self._stacked()) // len(self)))
+        return torch.full((len(self),), 2.0 * (sum(p.numel() for p in self.stacked()) // len(self)))
 
     @property
     def bytes_E(self) -> Tensor:
         """Bytes of each expert's own weights, float64 [E]."""
         return torch.full((len(self),), float(self.expert_bytes), dtype=torch.float64)
 
-    def _stacked(self) -> list[Tensor]:
-        return [p for p in self.experts.parameters(recurse=False) if p.dim() >= 2 and p.shape[0] == len(self)]
+    def stacked(self) -> list[Tensor]:
+        """The stored tensors whose first axis is the expert."""
+        own = list(self.experts.parameters(recurse=False))
+        if not own:  # the weights of one of our layers are its bank's
+            own = [self.experts.gate_up_proj, self.experts.down_proj]
+        return [p for p in own if p.dim() >= 2 and p.shape[0] == len(self)]
 
     def _halves(self, gate_up: Tensor) -> tuple[Tensor, Tensor]:
         if self.interleaved:

@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from moesaic.core.errors import BadInput
+
 
 class Found(NamedTuple):
     """One MoE block of a model: where it is and the modules it is made of."""
@@ -46,11 +48,19 @@ def find(model: nn.Module) -> Iterator[Found]:
 
 
 def expert_parameters(model: nn.Module) -> dict[str, tuple[int, int]]:
-    """Name of each stacked matrix -> number of its block, and 0 (first product) or 1 (second)."""
+    """Name of each stacked matrix -> number of its block, and 0 (first product) or 1 (second).
+
+    Raises BadInput for a model whose experts are a bank of our own layers.
+    """
     names = {module: name for name, module in model.named_modules()}
     found = {}
     for block, place in enumerate(find(model)):
         experts: Any = place.experts
+        if not any(True for _ in experts.parameters(recurse=False)):
+            raise BadInput(
+                f"{place.name}: its experts are a bank of a moesaic layer; packing, quantising and streaming know "
+                "transformers' own layout only"
+            )
         for which, matrix in enumerate(("gate_up_proj" if experts.has_gate else "up_proj", "down_proj")):
             found[f"{names[experts]}.{matrix}".lstrip(".")] = (block, which)
     return found

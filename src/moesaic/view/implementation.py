@@ -78,7 +78,8 @@ def form_of(experts: Any) -> Form:
 
 def has_own_gate(experts: Any) -> bool:
     """Whether the architecture brings a gate of its own instead of the decorator's act(gate) * up."""
-    return bool(experts.has_gate) and type(experts)._apply_gate.__module__ != transformers_moe.__name__
+    own = getattr(type(experts), "_apply_gate", None)  # none: the bank of one of our layers
+    return bool(experts.has_gate) and own is not None and own.__module__ != transformers_moe.__name__
 
 
 def register() -> None:

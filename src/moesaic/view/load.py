@@ -187,7 +187,10 @@ def _model_class(config: Any, trust_remote_code: bool) -> Any:
         if isinstance(found, type) and issubclass(found, PreTrainedModel):
             return found
     remote = trust_remote_code and "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
-    return AutoModelForCausalLM if remote or type(config) in AutoModelForCausalLM._model_mapping else AutoModel
+    if remote or type(config) not in AutoModelForCausalLM._model_mapping:
+        return AutoModelForCausalLM if remote else AutoModel
+    own = AutoModelForCausalLM._model_mapping[type(config)]
+    return own if isinstance(own, type) else AutoModelForCausalLM
 
 
 def _require_moe(config: Any, trust_remote_code: bool, source: str | Path) -> None:

@@ -179,6 +179,7 @@ class Tap:
     def logits(self, output: Any) -> Tensor | None:
         """Scores [T, E] in what the router returned (raw, or the log of its probabilities); None where it holds none."""
         first = output[0] if isinstance(output, tuple | list) and output else output
+        first = first.logits_TE if isinstance(first, Routing) else first
         num_experts = self.block.num_experts
         if not isinstance(first, Tensor) or not first.is_floating_point() or first.shape[-1] < num_experts:
             return None
