@@ -47,6 +47,8 @@ class ExpertChoice(Router):
         check_pool(pool)
         self.average, self.pool, self.cap, self.smooth, self.sweeps = average, pool, cap, smooth, sweeps
         self.causal = pool == "position"
+        if self.causal:
+            self.no_cache = "it pools one position of all sequences, which padding in front brings to different steps"
         linear = LinearScore(dim, experts)
         self.score = NoisyScore(linear, "vmoe") if noise else linear
 
