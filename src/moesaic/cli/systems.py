@@ -20,6 +20,14 @@ its card and its naive twin; "GPU" says whether its code has run on one.
 |---|---|---|---|---|---|---|---|---|
 """
 
+COST_HEAD = """## What routing costs
+
+What each router declares, with its default options, at D = {dim}, E = {experts} and sequences of {length} tokens: its
+parameters, and the FLOPs of routing one token in training, solvers included. The bank is not in it.
+
+| Router | Parameters | FLOPs per token |
+|---|---|---|"""
+
 
 def row(entry: Entry) -> dict[str, Any]:
     """One system as the keys of `systems --json`."""
@@ -33,6 +41,7 @@ def row(entry: Entry) -> dict[str, Any]:
         "needs": sorted(entry.needs),
         "causal": entry.causal,
         "tested": TESTED[entry.family],
+        "router_cost": router_cost(entry) if entry.family == "routing" else None,
         "gpu": entry.facts.get("gpu", GPU.get(entry.family, "torch ops; not yet run on a GPU")),
     }
 
@@ -57,6 +66,25 @@ TESTED = {
 }
 
 
+COST_SHAPE = {"dim": 1024, "experts": 64}
+COST_LENGTH = 1024
+
+
+def router_cost(entry: Entry) -> dict[str, float]:
+    """What a router declares to cost at that shape, with its defaults, in sequences of that length."""
+    router = entry.build(**COST_SHAPE)
+    return {"parameters": router.parameter_count, "flops_per_token": router.flops_per_token(COST_LENGTH)}
+
+
+def costs() -> str:
+    """The routers' costs as a table; the matrix tests hold them to what runs."""
+    lines = [COST_HEAD.format(**COST_SHAPE, length=COST_LENGTH)]
+    for entry in entries("routing"):
+        cost = router_cost(entry)
+        lines.append(f"| `{entry.name}` | {cost['parameters']:,} | {cost['flops_per_token']:,.0f} |")
+    return "\n".join(lines) + "\n"
+
+
 def markdown() -> str:
     lines = []
     for r in map(row, entries()):
@@ -64,7 +92,7 @@ def markdown() -> str:
         cells = [r["family"], f"`{r['name']}`", r["summary"], paper, r["card"], "yes" if r["exact"] else "no"]
         cells += [", ".join(r["needs"]), r["tested"], r["gpu"]]
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
-    return HEAD + "\n".join(lines) + "\n"
+    return HEAD + "\n".join(lines) + "\n\n" + costs()
 
 
 def systems(

@@ -36,7 +36,7 @@ class DSelectK(Router):
         self.mix_weight = nn.Parameter(torch.empty(k, *width).uniform_(-0.05, 0.05))
         self.code_Em: Tensor
         code_Em = torch.arange(experts).unsqueeze(1) >> torch.arange(self.bits) & 1
-        self.register_buffer("code_Em", code_Em.bool(), persistent=False)
+        self.register_buffer("code_Em", code_Em.bool())
 
     def forward(self, x_TD: Tensor, ctx: RoutingContext) -> Routing:
         tokens = x_TD.shape[0]

@@ -60,7 +60,7 @@ class M3ViT(Router):
         open_AE = torch.ones(tasks, experts, dtype=torch.bool)
         for task, (first, end) in enumerate(ranges or ()):
             open_AE[task] = (torch.arange(experts) >= first) & (torch.arange(experts) < end)
-        self.register_buffer("open_AE", open_AE, persistent=False)
+        self.register_buffer("open_AE", open_AE)
 
     def flops_per_token(self, length: int = 1) -> float:
         """One gate per token. The task MLP runs once per call."""
