@@ -172,6 +172,21 @@ def test_the_identity_permutation_changes_nothing_and_evaluation_rounds_nothing(
     assert not fresh.is_fixed and int(fresh.tau.step) == 9
 
 
+def test_a_recomputed_forward_sees_the_same_permutation():
+    from torch.utils.checkpoint import checkpoint
+
+    moe = MoE(16, 6, "comet", router_options={"search": 2}).train()
+    twin = MoE(16, 6, "comet", router_options={"search": 2}).train()
+    twin.load_state_dict(moe.state_dict())
+    for step in range(4):
+        x = torch.randn(20, 16, requires_grad=True)
+        checkpoint(moe, x, train(step), use_reentrant=False)[0].square().sum().backward()
+        twin(x, train(step))[0].square().sum().backward()
+    assert moe.router.permutation.is_fixed
+    for (key, a), (_, b) in zip(moe.named_parameters(), twin.named_parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-4, msg=key)
+
+
 def test_what_cannot_be_is_refused():
     with pytest.raises(BadInput, match="gamma=0"):
         Comet(16, 4, gamma=0)

@@ -112,3 +112,15 @@ def test_controllers_and_steps_resume_bit_for_bit(reference, tmp_path, monkeypat
 def test_refusals_name_the_field(reference, changes, words):
     with pytest.raises(BadInput, match=words):
         Trainer(TrainConfig(**{**reference, **changes}), QUIET)
+
+
+def test_random_experts_train_to_agree(reference):
+    """THOR's objective: the second forward draws other experts, and the agreement is a loss with a coefficient."""
+    reference["model"] |= {"router": "thor", "k": None, "experts": 3}
+    trainer = Trainer(TrainConfig(**{**reference, "consistency": 2.0}), QUIET)
+    trainer.run()
+    log = records(reference["out"])
+    assert sum(r["consistency"] > 0 for r in log) >= 6, "two draws differ in most steps"
+    assert log[-1]["loss"] < log[0]["loss"] - 0.3
+    trainer.model.eval()
+    assert "consistency" not in trainer.loss(trainer.train_data.rows(0, 2))[1]

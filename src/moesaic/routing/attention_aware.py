@@ -23,7 +23,6 @@ class AttentionAware(Router):
     """
 
     needs = frozenset({"attention"})
-    sees_past = True
 
     def __init__(self, dim: int, experts: int, k: int = 2):
         super().__init__(experts, k)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +28,6 @@ class Chunk(Router):
     """
 
     needs = frozenset({"sequence_ids", "positions"})
-    sees_past: ClassVar[bool] = True
     no_cache = "a chunk is routed by the mean of the chunk before it, which a single token does not show"
 
     def __init__(

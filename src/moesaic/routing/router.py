@@ -26,8 +26,6 @@ class Router(nn.Module):
 
     needs: frozenset[str] = frozenset()
     causal: bool = True
-    sees_past: ClassVar[bool] = False
-    """A token's routing looks at earlier tokens of its sequence: a host that decodes with a cache must show them again."""
     no_cache: str = ""
     """Why a host cannot decode with this router one token at a time against its cache; empty when it can."""
     keyed: ClassVar[bool] = False
@@ -62,6 +60,11 @@ class Router(nn.Module):
         By default every matrix of the router multiplies once, 2 FLOPs per entry: 2 D E for a linear one.
         """
         return 2.0 * sum(p.numel() for p in self.parameters() if p.dim() > 1) + self.sweep_flops
+
+    @property
+    def fixed_flops(self) -> float:
+        """FLOPs per forward whatever its tokens, beside flops_per_token: a table of tasks that all of them share."""
+        return 0.0
 
     @property
     def sweep_flops(self) -> float:

@@ -52,6 +52,8 @@ class Scot(Router):
         self.choose, self.combine, self.pool = choose, combine, pool
         self.gamma, self.steps, self.rate = gamma, steps, rate
         self.causal = pool == "position"
+        if self.causal:
+            self.no_cache = "it pools one position of all sequences, which padding in front brings to different steps"
         self.score = LinearScore(dim, experts)
 
     @property

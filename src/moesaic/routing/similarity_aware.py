@@ -29,7 +29,6 @@ class SimilarityAware(Router):
     """
 
     needs = frozenset({"sequence_ids"})
-    sees_past = True
     no_cache = "similarities need the inputs of all earlier tokens, which a cache of keys and values does not hold"
 
     def __init__(

@@ -41,6 +41,7 @@ class TrainConfig(BaseModel):
     balance: dict[str, float | dict[str, Any]] = Field(
         default_factory=dict, description="balancing method -> coefficient, or -> its parameters"
     )
+    consistency: float = Field(0.0, ge=0, description="THOR: two forwards per micro-step, which must agree this much")
     experts_implementation: str = "moesaic"
     attention: str = Field("auto", description="a transformers attention implementation; auto: the fastest that fits")
     seed: int = 0

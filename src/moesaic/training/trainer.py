@@ -21,6 +21,7 @@ from moesaic.core.errors import BadInput
 from moesaic.training import build, checkpoint
 from moesaic.training.balance import balance_of, max_violation
 from moesaic.training.config import TrainConfig, learning_rate
+from moesaic.training.consistency import two_forwards
 from moesaic.training.loss import linear_cross_entropy, plain_head
 from moesaic.training.progress import Display, RunLog
 
@@ -58,22 +59,36 @@ class Trainer:
         self.last: dict[str, Any] = {}
 
     def loss(self, rows: Tensor) -> tuple[Tensor, dict[str, Tensor], list[Tensor]]:
-        """Cross-entropy in nats per token, the balance losses by name, and each layer's load [E] (none when dense)."""
+        """Cross-entropy in nats per token, the balance losses by name, and each layer's load [E] (none when dense).
+
+        With `consistency` a training batch goes through twice: the cross-entropy is the mean of both, the agreement is one
+        loss more, and the balance losses are those of the second.
+        """
         rows = rows.to(self.config.device)
         inputs, targets = rows[:, :-1], rows[:, 1:].flatten()
         bfloat16 = self.config.dtype == "bfloat16"
+        agreement = None
         with torch.autocast(torch.device(self.config.device).type, torch.bfloat16, enabled=bfloat16):
-            if self.head:
+            if self.config.consistency and self.model.training:
+                both, agreement = two_forwards(lambda: self._cross_entropy(inputs, targets), alpha=0.0)
+                cross_entropy = both / 2
+            elif self.head:
                 decoder, head = self.head
                 hidden_TD = decoder(input_ids=inputs, use_cache=False).last_hidden_state.flatten(0, 1)
                 hidden_TD = hidden_TD.to(torch.bfloat16) if bfloat16 else hidden_TD
                 cross_entropy = linear_cross_entropy(hidden_TD, head.weight, targets)
             else:
-                logits = self.model(input_ids=inputs, use_cache=False).logits
-                cross_entropy = nn.functional.cross_entropy(logits.float().flatten(0, 1), targets)
+                cross_entropy, _ = self._cross_entropy(inputs, targets)
         losses, load = self.balance.losses(len(rows), self.model.training), self.balance.load()
         self.balance.clear()
+        if agreement is not None:
+            losses["consistency"] = agreement
         return cross_entropy, losses, load
+
+    def _cross_entropy(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean cross-entropy of a forward that keeps its logits, and those."""
+        logits = self.model(input_ids=inputs, use_cache=False).logits
+        return nn.functional.cross_entropy(logits.float().flatten(0, 1), targets), logits
 
     def step(self, step: int) -> dict[str, Any]:
         """One optimiser step; its data, rate and result depend on (config, step) and the weights alone."""
@@ -83,12 +98,13 @@ class Trainer:
             group["lr"] = rate
         total, loads = 0.0, []
         parts: dict[str, float] = {}
+        coefficients = {**self.balance.coefficients, "consistency": config.consistency / 2}  # the paper's sum, halved
         for micro in range(config.accumulate):
             first = (step * config.accumulate + micro) * config.batch_size
             cross_entropy, losses, load = self.loss(self.train_data.rows(first, config.batch_size))
             objective = cross_entropy
             for name, value in losses.items():
-                objective = objective + self.balance.coefficients[name] * value
+                objective = objective + coefficients[name] * value
                 parts[name] = parts.get(name, 0.0) + value.item() / config.accumulate
             (objective / config.accumulate).backward()
             total += cross_entropy.item() / config.accumulate
