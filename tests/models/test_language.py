@@ -249,6 +249,12 @@ def test_a_capacity_that_depends_on_the_call_decodes_without_a_cache():
     assert torch.equal(model.generate(ids, max_new_tokens=4, do_sample=False), slow)
 
 
+def test_a_cache_of_fixed_size_is_refused():
+    ids = torch.randint(0, 40, (1, 9))
+    with pytest.raises(BadInput, match=r"attention_mask is .*cache_implementation=static\), .* not supported"):
+        model_of().eval().generate(ids, max_new_tokens=4, cache_implementation="static")
+
+
 @pytest.mark.slow
 def test_compiled_equals_eager():
     model = model_of(k=2)

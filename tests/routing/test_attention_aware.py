@@ -51,7 +51,7 @@ def test_running_attention_with_other_values_equals_the_matrix_product():
     q, k = torch.randn(2, batch, heads, length, 8)
     mask = torch.ones(batch, length, dtype=torch.bool)
     mask[1, 6:] = False
-    mix = MixByAttention(q, k, Look.of(True, mask, batch, length, 0, length, q.device))
+    mix = MixByAttention(q, k, Look.of(True, mask, length, 0, q.device))
     values = torch.randn(batch * length, 5)
     want = mix.probs().mean(1) @ values.view(batch, length, 5)
     torch.testing.assert_close(mix.mix(values).view(batch, length, 5), want, rtol=1e-4, atol=1e-5)

@@ -24,19 +24,17 @@ class Look:
         self.allowed, self.is_causal = allowed, is_causal
 
     @classmethod
-    def of(cls, causal: bool, mask_BM: Tensor | None, batch: int, length: int, past: int, total: int, device: Any) -> Look:
-        """`mask_BM` is True for real tokens among the past + N seen so far; `total` is M, more when a cache has room to
-        spare. Every query sees itself, so that padding yields numbers, which nothing reads."""
-        if mask_BM is None and total == past + length and (not causal or past == 0 or length == 1):
+    def of(cls, causal: bool, mask_BM: Tensor | None, length: int, past: int, device: Any) -> Look:
+        """For `length` queries after `past` cached tokens; `mask_BM` is True for real tokens among both. Every query sees
+        itself, so that padding yields numbers, which nothing reads."""
+        if mask_BM is None and (not causal or past == 0 or length == 1):
             return cls(None, causal and past == 0 and length > 1)
-        key_M = torch.arange(total, device=device)
+        key_M = torch.arange(past + length, device=device)
         query_N1 = past + torch.arange(length, device=device).unsqueeze(1)
-        see = key_M <= query_N1 if causal else (key_M < past + length).expand(length, total)
-        see = see[None, None]
+        see = key_M <= query_N1 if causal else torch.ones_like(key_M <= query_N1)
         if mask_BM is not None:
-            room = torch.zeros(batch, total - mask_BM.shape[1], dtype=torch.bool, device=device)
-            see = see & torch.cat([mask_BM, room], 1)[:, None, None, :] | (key_M == query_N1)
-        return cls(see, False)
+            see = see & mask_BM[:, None, None, :] | (key_M == query_N1)
+        return cls(see if see.dim() == 4 else see[None, None], False)
 
 
 class Mixes:

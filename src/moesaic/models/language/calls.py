@@ -85,5 +85,8 @@ def real_tokens(attention_mask: Tensor | None) -> Tensor | None:
     if attention_mask is None:
         return None
     if attention_mask.dim() != 2:
-        raise BadInput(f"attention_mask is {list(attention_mask.shape)}: give [batch, tokens], 1 for real tokens")
+        raise BadInput(
+            f"attention_mask is {list(attention_mask.shape)}: give [batch, tokens], 1 for real tokens; caches of a fixed size "
+            "(cache_implementation=static), which bring another, are not supported"
+        )
     return attention_mask != 0

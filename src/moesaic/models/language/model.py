@@ -60,14 +60,24 @@ class Block(nn.Module):
         self.moe = build.moe_layer(config, index, shared) if sparse else None
         self.mlp = build.dense_layer(config) if not sparse or config.parallel_dense else None
         self.attention = Attention(config, index)
-        self._asked: tuple[list[nn.Module | None], frozenset[str]] = ([], frozenset())
+        self._said: tuple[list[nn.Module | None], frozenset[str], str] = ([], frozenset(), "")
+
+    def _says(self) -> tuple[list[nn.Module | None], frozenset[str], str]:
+        """What the layer and its routers say of themselves; asked again when the layer was replaced, not in every call."""
+        if self._said[0] != [self.moe]:
+            known = (frozenset(), "") if self.moe is None else (build.needs_of(self.moe), build.why_no_cache(self.moe))
+            self._said = ([self.moe], *known)
+        return self._said
 
     @property
     def needs(self) -> frozenset[str]:
-        """What the layer and its routers ask for; looked up again when the layer was replaced."""
-        if self._asked[0] != [self.moe]:
-            self._asked = ([self.moe], frozenset() if self.moe is None else build.needs_of(self.moe))
-        return self._asked[1]
+        """Everything that the layer and its routers ask of their host."""
+        return self._says()[1]
+
+    @property
+    def no_cache(self) -> str:
+        """Why the layer cannot decode one token at a time; empty when it can."""
+        return self._says()[2]
 
     def forward(
         self,
@@ -178,6 +188,11 @@ class MoesaicModel(MoesaicPreTrainedModel):
     def needs(self) -> frozenset[str]:
         return frozenset(name for block in self.blocks for name in block.needs)
 
+    @property
+    def no_cache(self) -> str:
+        """Why this model cannot decode with a cache: the first layer's reason; empty when it can."""
+        return next((block.no_cache for block in self.blocks if block.no_cache), "")
+
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -199,8 +214,7 @@ class MoesaicModel(MoesaicPreTrainedModel):
         cache = self._cache(past_key_values, use_cache)
         past = 0 if cache is None else cache.get_seq_length()
         call = CallInputs.of(input_ids, x_BND, attention_mask, position_ids, past)
-        total = past + call.length if cache is None else _room(cache, past, call.length)
-        look = Look.of(self.config.causal, call.mask_BM, call.batch, call.length, past, total, x_BND.device)
+        look = Look.of(self.config.causal, call.mask_BM, call.length, past, x_BND.device)
         turn = turns(call.position_BN, self.config.head_dim, self.config.rope_theta, x_BND.dtype)
         ctx = call.context("train" if self.training else "eval", self.config.causal, given, self._step(), self.needs)
         mixes, seed = Mixes(cache, self.config.num_hidden_layers), self._seed()
@@ -231,7 +245,7 @@ class MoesaicModel(MoesaicPreTrainedModel):
         wanted = (self.config.use_cache and not self.training) if use_cache is None else use_cache
         if cache is None and (not wanted or not self.config.causal or (self.gradient_checkpointing and self.training)):
             return None
-        reason = build.why_no_cache(self.layers)
+        reason = self.no_cache
         if reason:
             if cache is None and use_cache is None:
                 return None
@@ -310,7 +324,7 @@ class MoesaicForCausalLM(MoesaicPreTrainedModel, GenerationMixin):
         """As transformers' own. A router that cannot decode with a cache sees the whole sequence again for every token."""
         if not self.config.causal:
             raise BadInput("a masked model (causal=False) guesses hidden tokens; it does not generate")
-        if build.why_no_cache(self.model.layers):
+        if self.model.no_cache:
             kwargs["use_cache"] = False
         return super().generate(*args, **kwargs)  # type: ignore[misc]
 
@@ -332,9 +346,3 @@ class MoesaicForCausalLM(MoesaicPreTrainedModel, GenerationMixin):
 
 def _set_std(module: Any, std: float) -> None:
     module.init_std = std
-
-
-def _room(cache: Cache, past: int, length: int) -> int:
-    """Keys that attention will see: all tokens so far, or the whole of a cache whose size is fixed."""
-    fixed = cache.get_max_cache_shape() if hasattr(cache, "get_max_cache_shape") else -1
-    return fixed if isinstance(fixed, int) and fixed > 0 else past + length
