@@ -19,6 +19,7 @@ DIM = 16
 GIVEN = {
     "task_ids": lambda n: torch.arange(n) % 2,
     "modality_ids": lambda n: torch.arange(n) // 3 % 2,
+    "language_ids": lambda n: torch.arange(n) % 4 - 1,
     "class_ids": lambda n: torch.where(torch.arange(n) % 5 == 0, 1000, torch.arange(n) % 7),
 }
 """What a caller hands to a host for the routers that need it: one id for each of n tokens (or sequences)."""
@@ -181,7 +182,8 @@ def test_its_cost_is_what_it_declares(name):
         router(x, ctx)
     products = router.flops_per_token(length) - router.sweep_flops
     attended = 2 * length * 8 if "attention" in router.needs else 0  # of one sequence, in a matrix that holds both
-    assert counter.get_total_flops() == pytest.approx(sequences * length * (products + attended))
+    per_token = sequences * length * (products + attended)
+    assert counter.get_total_flops() == pytest.approx(per_token + router.fixed_flops)
     assert router.parameter_count == sum(p.numel() for p in router.parameters())
 
 
