@@ -22,10 +22,16 @@ def sinkhorn(logits_tE: Tensor, epsilon: float = 1.0, iterations: int = 20) -> T
     return log_tE.exp()
 
 
-def sparse_simplex(x_nm: Tensor, k: int) -> Tensor:
-    """Each row projected on the simplex with at most k nonzeros: its k largest entries projected, zeros elsewhere."""
-    best = torch.sort(x_nm, dim=1, descending=True, stable=True)
-    top_nk, index_nk = best.values[:, :k], best.indices[:, :k]
+def sparse_simplex(x_nm: Tensor, k: int, stable: bool = True) -> Tensor:
+    """Each row projected on the simplex with at most k nonzeros: its k largest entries projected, zeros elsewhere.
+
+    Ties go to the lowest column; without `stable` to any, which is several times as fast for small k.
+    """
+    if stable:
+        best = torch.sort(x_nm, dim=1, descending=True, stable=True)
+        top_nk, index_nk = best.values[:, :k], best.indices[:, :k]
+    else:
+        top_nk, index_nk = x_nm.topk(min(k, x_nm.shape[1]), dim=1)
     cumulative_nk = top_nk.cumsum(1) - 1
     rank_k = torch.arange(1, top_nk.shape[1] + 1, device=x_nm.device, dtype=x_nm.dtype)
     support_n1 = (top_nk * rank_k > cumulative_nk).sum(1, keepdim=True)
@@ -45,7 +51,7 @@ def sparse_plan(
     alpha_m, mean_m, square_m = (torch.zeros_like(target_m) for _ in range(3))
     with torch.no_grad():
         for step in range(1, steps + 1):
-            p_nm = sparse_simplex((alpha_m + gain_nm) / (gamma * mass), k)
+            p_nm = sparse_simplex((alpha_m + gain_nm) / (gamma * mass), k, stable=False)
             slope_m = target_m - mass * p_nm.sum(0)
             mean_m = 0.9 * mean_m + 0.1 * slope_m
             square_m = 0.999 * square_m + 0.001 * slope_m.square()
