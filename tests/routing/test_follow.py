@@ -88,3 +88,21 @@ def test_what_cannot_be_is_refused():
         MoE(16, 8, "topk", host=set(), router_options={"k": SPARSIFY})
     with pytest.raises(MissingNeed, match="schedule of k needs 'step'"):
         MoE(16, 8, "topk", router_options={"k": SPARSIFY}).train()(torch.randn(3, 16))
+
+
+def test_a_model_s_layers_sparsify_by_their_own_numbers_and_resume(tmp_path):
+    from moesaic.models.reference import ReferenceLM
+
+    schedule = {"schedule": "progressive_sparsification", "first": [4, 2], "then": 1, "steps": 4, "switch": 0.5}
+    options = {"router_options": {"k": schedule, "convention": "softmax"}, "layers": 3, "dim": 16, "heads": 2, "experts": 4}
+    model, ids = ReferenceLM(**options).train(), torch.randint(0, 256, (2, 9))
+    for step in range(3):
+        slots = [routing.experts_TK.shape[1] for routing in model(ids)[1]]
+        assert slots == ([4, 2, 1] if step < 2 else [1, 1, 1])
+        assert [r.experts_TK.shape[1] for r in model.eval().hidden(ids)[1]] == slots
+        model.train().after_step()
+        if step == 1:
+            model.language.save_pretrained(tmp_path)
+    loaded = type(model.language).from_pretrained(tmp_path)
+    assert loaded.config.router_options["k"] == schedule
+    assert [int(block.moe.router.follow_k.step) for block in loaded.model.blocks] == [1, 1, 1]
