@@ -16,7 +16,6 @@ LAYERS = [entry.name for entry in registry.entries("layers")]
 GIVES = HOST | {"task_ids", "language_ids"}
 DIM, EXPERTS = 16, 16
 FEW = {"hecto": 2, "duo": 3}
-WHOLE = {"hecto"}  # gives every token of a sequence the same: the model around it has to learn the rest
 
 
 def build(name, **options):
@@ -146,8 +145,12 @@ def test_the_future_stays_unseen_by_those_that_say_so(name):
             p.add_(0.5 * torch.randn_like(p))
     x = torch.randn(80, DIM)
     later = x.clone()
-    later[50:] += 3 * torch.randn(30, DIM)
-    same = torch.allclose(layer(later, context(80))[0][:50], layer(x, context(80))[0][:50], rtol=1e-4, atol=1e-5)
+    later[50:] += 30 * torch.randn(30, DIM)
+    runs = [layer(rows, context(80)) for rows in (x, later)]
+    same = all(
+        torch.allclose(a[:50], b[:50], rtol=1e-4, atol=1e-5)
+        for a, b in zip(*[(y, routing.logits_TE) for y, routing in runs], strict=True)
+    )
     assert same == layer.causal
 
 
@@ -172,5 +175,6 @@ def test_trains_inside_a_model_and_survives_recomputation(name):
             model.after_step()
             losses.append(loss.item())
         runs.append(losses)
-    assert runs[0][-1] < (0.95 if name in WHOLE else 0.75) * runs[0][0], "the model does not learn a pattern that it can see"
+    enough = 0.75 if causal else 0.95  # a masked model is taught by a seventh of its tokens
+    assert runs[0][-1] < enough * runs[0][0], "the model does not learn a pattern that it can see"
     torch.testing.assert_close(runs[0], runs[1], rtol=1e-3, atol=1e-4)
