@@ -65,6 +65,7 @@ def test_ids_per_token_carry_on_while_generating():
         ({"dense_layers": [5]}, "dense_layers: no layer 5"),
         ({"moe_last": 3}, "moe_last=3 must be between 0 and num_hidden_layers=2"),
         ({"dense_layers": [0], "per_layer": {"0": {"k": 1}}}, r"per_layer: '0' is no MoE layer: those are \[1\]"),
+        ({"experts": 0, "balance": {"switch": 0.1}}, "balance: switch asked for, but no layer of this model has experts"),
         ({"gives": ["colour"]}, "gives: colour: a caller can give task_ids"),
         ({"causal": False}, "name the token that hides them, mask_token_id"),
         ({"balance": {"swich": 0.1}}, "no balancing method 'swich'"),

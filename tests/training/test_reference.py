@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from moesaic.core.documents import read_documents
 from moesaic.core.errors import BadInput
 from moesaic.evaluation.bits_per_byte import score_documents
+from moesaic.training import build
 from moesaic.training.config import TrainConfig
 from moesaic.training.trainer import Interrupted, Trainer
 
@@ -95,6 +96,15 @@ def test_controllers_and_steps_resume_bit_for_bit(reference, tmp_path, monkeypat
     assert int(a["model.step"]) == 12
     bias_E = a["model.layers.0.moe.router.bias_E"]
     assert bias_E.abs().max() >= 0.0099 and bias_E.abs().max() <= 0.121
+
+
+@pytest.mark.parametrize("router", ["topk", "adamoe", "rmoe"])
+def test_the_recipe_builds_with_another_router(router, tiny_tokenizer):
+    path = Path(__file__).parents[2] / "recipes" / "reference.yaml"
+    config = TrainConfig.read(path, [f"model.router={router}", "balance={z: 0.01}"])
+    model = build.build_model(config, AutoTokenizer.from_pretrained(tiny_tokenizer))
+    assert type(model).__name__ == "MoesaicForCausalLM"
+    assert [type(b).__name__ for b in model.model.blocks[0].moe.balancers.values()] == ["Z"]
 
 
 @pytest.mark.parametrize(

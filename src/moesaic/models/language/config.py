@@ -107,6 +107,8 @@ class MoesaicConfig(PreTrainedConfig):
             if not 0 <= index < layers:
                 raise BadInput(f"dense_layers: no layer {index}: there are 0 to {layers - 1}")
         sparse = self.moe_layers()
+        if self.balance and not sparse:
+            raise BadInput(f"balance: {', '.join(self.balance)} asked for, but no layer of this model has experts")
         if isinstance(self.k, list) and len(self.k) != len(sparse):
             raise BadInput(f"k={self.k}: one entry per MoE layer, of which there are {len(sparse)}: {sparse}")
         for layer in self.per_layer or {}:
