@@ -93,3 +93,14 @@ def test_padding_in_front_changes_nothing(kind, name):
         given = {key: value[row : row + 1] for key, value in ids_given(2).items()}
         alone = model.generate(ids[row : row + 1, start:], max_new_tokens=5, do_sample=False, **given)
         assert torch.equal(alone[0, -5:], together[row, -5:]), f"row {row}"
+
+
+@pytest.mark.parametrize(("kind", "name"), methods())
+def test_bfloat16_decodes_and_trains_under_autocast(kind, name):
+    model, ids, given = model_of(**{kind: name}), torch.randint(0, 40, (2, 8)), ids_given(2)
+    with torch.autocast("cpu", torch.bfloat16):
+        model.train()(ids, labels=ids, **given).loss.backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+    half = model.to(torch.bfloat16).eval()
+    assert half(ids, **given).logits.dtype == torch.bfloat16
+    assert half.generate(ids, max_new_tokens=3, do_sample=False, **given).shape == (2, 11)
