@@ -221,3 +221,11 @@ def test_routing_is_callable_outside_its_layer(name):
     torch.testing.assert_close(alone.logits_TE, inside.logits_TE)
     if not alone.soft:
         assert torch.equal(Dispatch.of(alone, None, 8).token_S, Dispatch.of(inside, None, 8).token_S)
+
+
+@pytest.mark.parametrize("name", ROUTERS)
+@pytest.mark.parametrize("mode", ["train", "eval"])
+def test_a_call_of_padding_alone_stays_finite(name, mode):
+    moe = layer(name)
+    y = moe(torch.randn(6, DIM), context(6, mode=mode, mask=torch.zeros(6, dtype=torch.bool)))[0]
+    assert y.isfinite().all()

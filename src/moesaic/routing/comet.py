@@ -47,7 +47,7 @@ class Comet(Router):
     def paths(self, x_TD: Tensor) -> Tensor:
         """v [T, K, E]: each tree's distribution over its leaves, level by level from the root."""
         tokens = x_TD.shape[0]
-        split_TKs = linear(x_TD, self.split_weight.float(), self.split_bias.float()).view(tokens, self.k, -1)
+        split_TKs = linear(x_TD, self.split_weight.float(), self.split_bias.float()).view(tokens, self.k, self.num_experts - 1)
         left_TKs = smooth_step(split_TKs, self.gamma)
         splits = self.num_experts - 1
         level, levels, first = x_TD.new_ones(tokens, self.k, 1), [], 0
