@@ -123,6 +123,12 @@ def test_two_precisions_deterministic_and_saved(name, dtype, tmp_path):
 
 
 @pytest.mark.parametrize("name", LAYERS)
+def test_a_batch_of_nothing(name):
+    y, routing = build(name).eval()(torch.zeros(0, DIM), context(0))
+    assert y.shape == (0, DIM) and routing.tokens == 0
+
+
+@pytest.mark.parametrize("name", LAYERS)
 def test_padding_and_other_sequences_do_not_leak(name):
     layer = build(name).eval()
     mask = torch.arange(20) < torch.tensor([[20], [13], [7]])

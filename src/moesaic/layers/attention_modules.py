@@ -39,8 +39,9 @@ class AttentionModules(nn.Module):
     def map(self, x_TD: Tensor, routing: Routing) -> Tensor:
         """Queries [T, K, C]; an empty slot's is zero."""
         at = self._slots(routing)
-        x_SD = x_TD[at.token_S // (at.tokens // max(len(x_TD), 1))] if len(x_TD) else x_TD
-        return self._times(x_SD, self.query_ECD, at).view(len(x_TD), -1, self.width)
+        assert routing.experts_TK is not None
+        slots = routing.experts_TK.shape[1]
+        return self._times(x_TD[at.token_S // slots], self.query_ECD, at).view(len(x_TD), slots, self.width)
 
     def reduce(self, y_TKC: Tensor, routing: Routing) -> Tensor:
         """Weighted sum over the slots of each module's output projection, [T, D]."""

@@ -74,7 +74,7 @@ class DepthRouter(nn.Module):
             size = len(prompt_SD) // windows
             mean_WD = prompt_SD[: windows * size].view(windows, size, -1).mean(1)
             rows.append(self.last(gelu(self.first(mean_WD), approximate="tanh")).mean(0))
-        return torch.stack(rows).float()
+        return torch.stack(rows).float() if rows else x_BND.new_zeros(0, 3).float()
 
 
 def search_path(

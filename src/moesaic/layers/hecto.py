@@ -95,6 +95,8 @@ class Hecto(Layer):
         order_BN = torch.sort(~real_BN, dim=1, stable=True).indices  # real tokens first, so that padding ends the sequence
         h_BNP = self.project(at.pad(x.reshape(-1, x.shape[-1])))
         h_BNP = h_BNP.gather(1, order_BN.unsqueeze(-1).expand_as(h_BNP))
+        if not at.length:  # a batch of nothing: no sequence has a first token
+            h_BNP = h_BNP.new_zeros(0, 1, h_BNP.shape[-1])
         length_B = real_BN.sum(1)
         logits_BE = self.gate(h_BNP[:, 0], ctx) / self.temperature
         probs_BE = logits_BE.softmax(-1)

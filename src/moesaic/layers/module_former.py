@@ -31,7 +31,7 @@ class ModularAttention(MoE):
 
     def __init__(self, dim: int, router: ModuleGate, heads: int, width: int, balance: Mapping[str, float]):
         super().__init__(dim, router.num_experts, router, "product_key", balance=balance)
-        del self.bank
+        del self.bank  # the smallest that MoE takes: the attention below runs in its place
         self.heads = heads
         self.modules_E = AttentionModules(dim, router.num_experts, heads * width)
         self.key = nn.Linear(dim, heads * width, bias=False)

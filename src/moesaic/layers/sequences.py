@@ -37,7 +37,7 @@ class Sequences:
     def pad(self, x_TD: Tensor) -> Tensor:
         """[T, D] -> [B, N, D], zero where a row has no token."""
         empty = x_TD.new_zeros(self.rows * self.length, x_TD.shape[-1])
-        return empty.index_copy(0, self.slot_T, x_TD).view(self.rows, self.length, -1)
+        return empty.index_copy(0, self.slot_T, x_TD).view(self.rows, self.length, x_TD.shape[-1])
 
     def flat(self, y_BND: Tensor) -> Tensor:
         """[B, N, D] -> [T, D]: the inverse of `pad`."""

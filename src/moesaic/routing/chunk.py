@@ -85,6 +85,6 @@ class Chunk(Router):
         mean_GD = total_GD / count_G1.clamp(min=1)
         if self.source == "own":
             return mean_GD, group_T
-        mean_BCD = mean_GD.view(sequences, chunks, -1)
+        mean_BCD = mean_GD.view(sequences, chunks, x_TD.shape[1])
         start_B1D = self.start_D.float().expand(sequences, 1, -1)
         return torch.cat([start_B1D, mean_BCD[:, :-1]], 1).flatten(0, 1)[: sequences * chunks], group_T
