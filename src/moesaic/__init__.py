@@ -23,7 +23,7 @@ _LAZY = {
     "register": "moesaic.core.registry",
     "trace": "moesaic.trace",
     "calibrate": "moesaic.trace.calibration",
-    "quantize_experts": "moesaic.view.quantize",
+    "quantize_model": "moesaic.view.quantize",
     "open_trace": "moesaic.trace",
 }
 

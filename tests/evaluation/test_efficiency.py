@@ -199,12 +199,12 @@ def test_parameters_total_and_active(tiny_moe, tiny_dense):
 
 def test_held_bytes_of_experts_in_few_bits(tiny_moe):
     import moesaic
-    from moesaic.view.quantize import quantize_experts
+    from moesaic.view.quantize import quantize_model
 
     model = moesaic.load(tiny_moe).model
     before = e.held_bytes(model)
     assert before == sum(p.nbytes for p in [*model.parameters(), *model.buffers()])
-    made = quantize_experts(model, "int8")
+    made = quantize_model(model, "int8")
     assert e.held_bytes(model) == before - made.stored_bytes + made.nbytes
 
 

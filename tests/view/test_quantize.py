@@ -9,7 +9,7 @@ import torch
 
 import moesaic
 from moesaic.core.errors import BadInput
-from moesaic.view.quantize import Recipe, bits_by_importance, chosen_counts, parse, quantize_experts
+from moesaic.view.quantize import Recipe, bits_by_importance, chosen_counts, parse, quantize_model
 
 
 def dequantised(model, made):
@@ -28,7 +28,7 @@ def test_logits_equal_those_of_the_dequantised_weights(model, ids, logits, recip
     model.set_experts_implementation("moesaic")
     plain, original = logits(model, ids), copy.deepcopy(model)
     importance = [torch.rand(block.num_experts) for block in moesaic.view(model)]
-    made = quantize_experts(model, recipe, importance)
+    made = quantize_model(model, recipe, importance)
     want = logits(dequantised(original, made), ids)
     got = logits(model, ids)
     assert (got - want).norm() <= 1e-4 * want.norm()
@@ -42,7 +42,7 @@ def test_logits_equal_those_of_the_dequantised_weights(model, ids, logits, recip
 def test_decoding_a_token_at_a_time(qwen, ids):
     qwen.set_experts_implementation("moesaic")
     original = copy.deepcopy(qwen)
-    twin = dequantised(original, quantize_experts(qwen, "int8:group=32"))
+    twin = dequantised(original, quantize_model(qwen, "int8:group=32"))
     options = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     assert torch.equal(qwen.generate(ids, **options), twin.generate(ids, **options))
 
@@ -86,7 +86,7 @@ def test_recipes(text, recipe):
     ("text", "words"),
     [
         ("int5", "one of int8, int4, int2, mixed"),
-        ("int4:high=8", "int4 has no option 'high=8'; it knows group=64"),
+        ("int4:high=8", "int4 has no option 'high=8'; it knows group, linear"),
         ("int4:group", "int4 has no option 'group'"),
         ("int4:group=48", "groups of 48 inputs"),
         ("mixed:share=2", "a share from 0 to 1"),
@@ -101,18 +101,43 @@ def test_recipes_that_are_none(text, words):
 
 def test_what_cannot_be_replaced_is_left_whole(qwen, ids, logits):
     with pytest.raises(BadInput, match='experts_implementation="moesaic"'):
-        quantize_experts(qwen)
+        quantize_model(qwen)
     qwen.set_experts_implementation("moesaic")
     before = logits(qwen, ids)
     with pytest.raises(BadInput, match="mixed widths need an importance"):
-        quantize_experts(qwen, "mixed")
+        quantize_model(qwen, "mixed")
     with pytest.raises(BadInput, match="the importance is of"):
-        quantize_experts(qwen, "mixed", [torch.ones(3)])
+        quantize_model(qwen, "mixed", [torch.ones(3)])
     assert torch.equal(logits(qwen, ids), before)
 
 
 def test_reading_a_replaced_expert_says_why(qwen):
     qwen.set_experts_implementation("moesaic")
-    quantize_experts(qwen, "int8")
+    quantize_model(qwen, "int8")
     with pytest.raises(BadInput, match="meta device"):
         moesaic.view(qwen)[0].bank[0]
+
+
+def test_linear_layers_too(qwen, ids, logits):
+    qwen.set_experts_implementation("moesaic")
+    original = copy.deepcopy(qwen)
+    made = quantize_model(qwen, "int8:group=32,linear=8")
+    assert made.linears is not None
+    layers = qwen.config.num_hidden_layers
+    assert made.linears["layers"] == 4 * layers + 1
+    assert made.linears["nbytes"] < made.linears["stored_bytes"]
+    twin = dequantised(original, made)
+    for name, module in qwen.named_modules():
+        if hasattr(module, "stored"):
+            assert module.weight.is_meta
+            twin.get_submodule(name).weight = torch.nn.Parameter(module.stored.dequantize())
+    assert (logits(qwen, ids) - logits(twin, ids)).norm() <= 1e-4 * logits(twin, ids).norm()
+
+
+def test_a_weight_that_is_not_finite_leaves_the_model_whole(qwen):
+    qwen.set_experts_implementation("moesaic")
+    with torch.no_grad():
+        qwen.lm_head.weight[0, 0] = float("nan")
+    with pytest.raises(BadInput, match="not finite"):
+        quantize_model(qwen, "int4:linear=4")
+    assert not any(weight.is_meta for weight in qwen.parameters())

@@ -143,12 +143,12 @@ def _quantize(
     batch_size: int | None,
 ) -> dict[str, Any]:
     """Replace the model's experts; what the JSON says about it."""
-    from moesaic.view.quantize import parse, quantize_experts
+    from moesaic.view.quantize import parse, quantize_model
 
     weights = None
     if parse(recipe).mixed:
         weights = _counts_of_trace(trace) if trace is not None else _counts_on(model, tokenizer, documents, context, batch_size)
-    made = quantize_experts(model, recipe, weights)
+    made = quantize_model(model, recipe, weights)
     widths = [bits for layer in made.bits for bits in layer]
     return {
         "recipe": recipe,

@@ -132,22 +132,35 @@ class QuantizedBank:
 
         None, and nothing done, for what the integer pass does not take, and where an expert is chosen twice.
         """
-        if not x_1D.is_cpu or torch.is_grad_enabled() or not all(_suits(_few, e, form) for e in self._kinds):
+        from moesaic.kernels.compiled import codes, pool
+
+        plain = x_1D.is_cpu and x_1D.dtype is torch.bfloat16 and not torch.is_grad_enabled()
+        if not plain or not self.suits_one_token(form):
             return None
-        ids_K = ids_1K.reshape(-1).numpy()
-        order_K = ids_K.argsort(kind="stable")
-        order_K = order_K[(ids_K[order_K] >= 0) & (ids_K[order_K] < self.num_experts)]
-        ids_P = ids_K[order_K]
-        if not len(ids_P) or (ids_P[1:] == ids_P[:-1]).any():
-            return None
-        table_P6, packings = self._table[0][ids_P], self._table[1]
-        y_1D = torch.zeros(x_1D.shape, dtype=torch.float32)
-        spans_P3 = np.arange(len(ids_P))[:, None] + np.array([0, 0, 1])
-        weight_P = weights_1K.reshape(-1).float().numpy()[order_K]
-        _integer_pass(
-            x_1D, spans_P3, np.zeros(len(ids_P), np.int64), weight_P, table_P6, packings, self.experts[0].down_shape[1], y_1D
-        )
-        return y_1D.to(x_1D.dtype)
+        table_E6, forms_F4, words, stride = self.table
+        (inner, width), slots = self.experts[0].gate_up_shape, ids_1K.shape[1]
+        inner //= 2
+        ids_1K, weights_1K, x_1D = ids_1K.long().contiguous(), weights_1K.float().contiguous(), x_1D.contiguous()
+        y_1D = torch.empty_like(x_1D)
+        done = codes.one_token(
+            x_1D.data_ptr(), ids_1K.data_ptr(), weights_1K.data_ptr(), slots, table_E6, forms_F4,
+            scratch("codes_x", 1, words, torch.int16)[0].numpy(),
+            scratch("codes_prepared", 1, slots * stride // 2, torch.int16)[0].numpy(),
+            stride, inner, width, y_1D.data_ptr(), pool.join(),
+        )  # fmt: skip
+        return y_1D if done else None
+
+    def suits_one_token(self, form: Form) -> bool:
+        """Whether the integer pass takes all of these experts."""
+        return all(_suits(_few, expert, form) for expert in self._kinds)
+
+    @property
+    def forms(self) -> tuple[Packing, ...]:
+        """The packings there are, in the order in which `table` numbers them."""
+        forms: dict[Packing, int] = {}
+        for expert in self.experts:
+            _table_row(expert, forms)
+        return tuple(forms)
 
     @cached_property
     def _kinds(self) -> tuple[QuantizedExpert, ...]:
@@ -155,10 +168,17 @@ class QuantizedBank:
         return tuple({(e.gate_up_packing, e.down_packing): e for e in self.experts}.values())
 
     @cached_property
-    def _table(self) -> tuple[np.ndarray, list[Packing]]:
-        """A row per expert as the integer pass reads it, and the packings that rows name."""
-        forms: dict[Packing, int] = {}
-        return np.array([_table_row(expert, forms) for expert in self.experts]), list(forms)
+    def table(self) -> tuple[np.ndarray, np.ndarray, int, int]:
+        """A row per expert as the integer pass reads it, the packings that rows name, and the scratch it takes: words of a
+        prepared token, bytes of a prepared inner row."""
+        from moesaic.kernels.compiled import codes
+
+        forms = {packing: number for number, packing in enumerate(self.forms)}
+        table_E6 = np.array([_table_row(expert, forms) for expert in self.experts])
+        width, inner = self.experts[0].gate_up_shape[1], self.experts[0].down_shape[1]
+        words = sum(codes.row_bytes(width, packing.bits) for packing in forms) // 2
+        stride = max(codes.row_bytes(inner, packing.bits) for packing in forms)
+        return table_E6, np.array([form_row(packing) for packing in forms]), words, stride
 
 
 def quantize_bank(
@@ -293,7 +313,7 @@ def _integer_pass(
         token_S,
         weight_S,
         table_P6,
-        np.array([_form_row(packing) for packing in forms]),
+        np.array([form_row(packing) for packing in forms]),
         scratch("codes_x", 1, x_words, torch.int16)[0].numpy(),
         scratch("codes_prepared", 1, pairs * a_stride // 2, torch.int16)[0].numpy(),
         a_stride,
@@ -304,7 +324,7 @@ def _integer_pass(
 
 
 @cache
-def _form_row(packing: Packing) -> tuple[int, int, int, int]:
+def form_row(packing: Packing) -> tuple[int, int, int, int]:
     from moesaic.kernels.compiled.code_dot import KINDS
 
     unit = 256 // packing.bits

@@ -1,12 +1,14 @@
-"""Experts of a live model in few bits, behind the experts call of any architecture that the view opens.
+"""A live model in few bits: its experts, behind the experts call of any architecture that the view opens, and on request
+its linear layers.
 
 A recipe is `int8`, `int4` or `int2` (groups of 64, or `int4:group=32`), or `mixed:high=4,low=2,share=0.25`: the `share` of all
 experts that matter least, over all layers, in `low` bits and the others in `high`. That is EdgeMoE's rule (card "EdgeMoE:
 per-expert bit-width and path dictionary" of serving-and-scale.md) with the share given instead of searched, and with how
 often an expert is chosen, which a trace tells, standing in for the accuracy lost without it, which costs an evaluation per
-expert; Fate's default is 4 and 2 bits with a share of 0.25.
+expert; Fate's default is 4 and 2 bits with a share of 0.25. With `linear=8` (or 4, or 2; as in `int4:linear=8`) the linear
+layers of attention, shared experts, dense MLPs and the head are rounded too.
 
-Biases, routers, shared experts and everything else stay as they are. Shape legend: L layers, E experts, T tokens.
+Biases, routers, embeddings and everything else stay as they are. Shape legend: L layers, E experts, T tokens.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from moesaic.core.routing import Dispatch
 from moesaic.kernels import Packing, QuantizedBank, dispatch_slots, quantize_bank
 from moesaic.view import implementation
 from moesaic.view.block import Block, View
+from moesaic.view.stored_linear import quantize_linears
 from moesaic.view.tap import Choice, Handle
 
 
@@ -34,8 +37,12 @@ class Recipe:
     low: int
     share: float
     group_size: int = 64
+    linear: int | None = None
+    """Bits of the linear layers; None leaves them."""
 
     def __post_init__(self) -> None:
+        if self.linear is not None:
+            Packing(self.linear, self.group_size)
         Packing(self.high, self.group_size)
         Packing(self.low, self.group_size)
         if not 0 <= self.share <= 1 or self.low > self.high:
@@ -48,26 +55,26 @@ class Recipe:
 
 
 def parse(text: str) -> Recipe:
-    """`int4`, `int8:group=32`, `mixed:high=8,low=4,share=0.25,group=64`. Raises BadInput for anything else."""
+    """`int4`, `int8:group=32,linear=8`, `mixed:high=8,low=4,share=0.25,group=64`. Raises BadInput for anything else."""
     name, _, rest = text.partition(":")
-    known = {"high": "4", "low": "2", "share": "0.25", "group": "64"} if name == "mixed" else {"group": "64"}
+    known = {"group": "64", "linear": ""}
+    if name == "mixed":
+        known |= {"high": "4", "low": "2", "share": "0.25"}
     for option in filter(None, rest.split(",")):
         key, equals, value = option.partition("=")
         if key not in known or not equals:
-            raise BadInput(
-                f"{text!r}: {name} has no option {option!r}; it knows {', '.join(f'{k}={v}' for k, v in known.items())}"
-            )
+            raise BadInput(f"{text!r}: {name} has no option {option!r}; it knows {', '.join(known)}")
         known[key] = value
     widths = {"int8": 8, "int4": 4, "int2": 2}
     if name != "mixed" and name not in widths:
         raise BadInput(f"{text!r}: one of int8, int4, int2, mixed, such as int4:group=32 or mixed:high=8,low=4,share=0.25")
     try:
-        group = int(known["group"])
+        group, linear = int(known["group"]), int(known["linear"]) if known["linear"] else None
         if name == "mixed":
-            return Recipe(int(known["high"]), int(known["low"]), float(known["share"]), group)
+            return Recipe(int(known["high"]), int(known["low"]), float(known["share"]), group, linear)
     except ValueError as error:
         raise BadInput(f"{text!r}: {error}") from error
-    return Recipe(widths[name], widths[name], 0.0, group)
+    return Recipe(widths[name], widths[name], 0.0, group, linear)
 
 
 def bits_by_importance(importance: Sequence[Tensor], recipe: Recipe) -> list[list[int]]:
@@ -80,12 +87,14 @@ def bits_by_importance(importance: Sequence[Tensor], recipe: Recipe) -> list[lis
 
 
 @dataclass(frozen=True, eq=False)
-class QuantizedExperts:
-    """What `quantize_experts` put in place: a bank per block, and what it saves."""
+class Quantized:
+    """What `quantize_model` put in place: a bank per block, and what it saves."""
 
     banks: tuple[QuantizedBank, ...]
     stored_bytes: int
     """Bytes of the experts' matrices before."""
+    linears: dict[str, int] | None = None
+    """What `quantize_linears` said, where it ran."""
 
     @property
     def nbytes(self) -> int:
@@ -98,10 +107,9 @@ class QuantizedExperts:
         return [bank.bits for bank in self.banks]
 
 
-def quantize_experts(
-    model: nn.Module, recipe: str | Recipe = "int4", importance: Sequence[Tensor] | None = None
-) -> QuantizedExperts:
-    """Replace every block's expert matrices by quantised ones; the originals are let go and cannot be read any more.
+def quantize_model(model: nn.Module, recipe: str | Recipe = "int4", importance: Sequence[Tensor] | None = None) -> Quantized:
+    """Replace every block's expert matrices (and linear layers, where the recipe says so) by quantised ones; the originals are
+    let go and cannot be read any more.
 
     Args:
         model: loaded on the CPU with `experts_implementation="moesaic"` (what `moesaic.load` does); for inference only.
@@ -128,7 +136,9 @@ def quantize_experts(
             )
     bits = bits_by_importance(importance, recipe) if importance is not None else [[_only(recipe)] * size for size in sizes]
     before = sum(matrix.nbytes for block in blocks for matrix in _matrices(block))
-    return QuantizedExperts(tuple(_replace(block, b, recipe.group_size) for block, b in zip(blocks, bits, strict=True)), before)
+    linears = None if recipe.linear is None else quantize_linears(model, Packing(recipe.linear, recipe.group_size))
+    banks = tuple(_replace(block, b, recipe.group_size) for block, b in zip(blocks, bits, strict=True))
+    return Quantized(banks, before, linears)
 
 
 def _only(recipe: Recipe) -> int:

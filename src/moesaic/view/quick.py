@@ -14,6 +14,9 @@ from torch import Tensor, nn
 
 from moesaic.kernels import attention
 from moesaic.kernels.linear import few_rows_linear, few_rows_norm, suits_linear
+from moesaic.view.quick_attention import quicken_attention
+from moesaic.view.quick_router import quicken_router
+from moesaic.view.quick_stack import quicken_stack
 
 TRIALS = 4
 ROUNDINGS = 2.0**-6
@@ -49,6 +52,10 @@ def quicken(model: nn.Module) -> dict[str, int]:
             own = type(module)
             module.__class__ = quick_norms[own] = quick_norms.get(own) or _quick_norm(own, eps)
             made["norm"] += 1
+    made["router"] = sum(quicken_router(module) for module in model.modules() if hasattr(module, "top_k"))
+    if getattr(getattr(model, "config", None), "_attn_implementation", None) == attention.NAME:
+        made["step"] = sum(quicken_attention(module) for module in model.modules() if hasattr(module, "layer_idx"))
+    made["stack"] = int(quicken_stack(model))
     return made
 
 

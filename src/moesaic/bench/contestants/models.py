@@ -45,9 +45,9 @@ def moesaic_resident(folder: Path, quantize: str | None = None) -> Model:
 
     model = load(folder).model
     if quantize:
-        from moesaic.view.quantize import quantize_experts
+        from moesaic.view.quantize import quantize_model
 
-        quantize_experts(model, quantize)
+        quantize_model(model, quantize)
     quicken(model)
     return Model(model)
 

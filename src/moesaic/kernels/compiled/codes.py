@@ -10,7 +10,10 @@ from __future__ import annotations
 import numba
 import numpy as np
 
+from moesaic.kernels.compiled.at import bf16_at, fp32_at, int64_at
 from moesaic.kernels.compiled.code_dot import LANES, ROWS, dot
+from moesaic.kernels.compiled.many import rounded
+from moesaic.kernels.compiled.row_dot import widen
 
 compiled = numba.njit(error_model="numpy")
 
@@ -25,7 +28,7 @@ def row_bytes(columns, bits):
 
 
 @compiled
-def _prepare(row_A, bits, size, at, words, ints, floats):
+def prepare_row(row_A, bits, size, at, words, ints, floats):
     """Activations as code_dot.py wants them, from byte `at` of a buffer that is seen as three types."""
     planes, step = 8 // bits, 2 if bits == 2 else 1
     first = -3 if bits == 2 else -(1 << (bits - 1))
@@ -56,12 +59,12 @@ def _prepare(row_A, bits, size, at, words, ints, floats):
 
 
 @numba.njit(error_model="numpy")
-def _four_rows(kind, codes_4, scale_4, x_4, count, units, shift, out):
+def four_rows(kind, codes_4, scale_4, x_4, count, units, shift, out):
     dot(kind * 3 + min(count - 1, 2), codes_4, scale_4, x_4, units, shift, out)
 
 
 @compiled
-def _at_once(left):
+def at_once(left):
     return 4 if left >= 4 else 2 if left >= 2 else 1
 
 
@@ -86,10 +89,10 @@ def _inner(part, parts, spans_P3, token_S, table_P6, forms_F4, x_at, a_SI, width
                 scale_4[w] = table_P6[p, 1] + row * scale_row
             s = start
             while s < end:
-                count = _at_once(end - s)
+                count = at_once(end - s)
                 for x in range(count):
                     x_4[x] = x_at[form] + token_S[s + x] * x_row
-                _four_rows(kind, codes_4, scale_4, x_4, count, units, shift, out)
+                four_rows(kind, codes_4, scale_4, x_4, count, units, shift, out)
                 for x in range(count):
                     for w in range(2):
                         gate = out[4 * x + w]
@@ -112,10 +115,10 @@ def _outer(part, parts, spans_P3, token_S, weight_S, table_P6, forms_F4, a_at, a
                 scale_4[w] = table_P6[p, 3] + (d + w) * scale_row
             s = start
             while s < end:
-                count = _at_once(end - s)
+                count = at_once(end - s)
                 for x in range(count):
                     x_4[x] = a_at + (s + x - spans_P3[0, 1]) * a_stride
-                _four_rows(kind, codes_4, scale_4, x_4, count, units, shift, out)
+                four_rows(kind, codes_4, scale_4, x_4, count, units, shift, out)
                 for x in range(count):
                     y_D, weight = y_TD[token_S[s + x]], weight_S[s + x]
                     for w in range(4):
@@ -138,7 +141,7 @@ def swiglu(x_TD, spans_P3, token_S, weight_S, table_P6, forms_F4, x_words, a_wor
         at += tokens * row_bytes(width, forms_F4[f, 1])
     for job in numba.prange(forms_F4.shape[0] * tokens):
         f, t = job // tokens, job % tokens
-        _prepare(
+        prepare_row(
             x_TD[t], forms_F4[f, 1], forms_F4[f, 2], x_from[f] + t * row_bytes(width, forms_F4[f, 1]), x_words, x_ints, x_floats
         )
     x_at = x_from + x_words.ctypes.data
@@ -147,6 +150,42 @@ def swiglu(x_TD, spans_P3, token_S, weight_S, table_P6, forms_F4, x_words, a_wor
     for p in numba.prange(spans_P3.shape[0]):
         form = forms_F4[table_P6[p, 5]]
         for s in range(spans_P3[p, 1], spans_P3[p, 2]):
-            _prepare(a_SI[s], form[1], form[2], (s - first) * a_stride, a_words, a_ints, a_floats)
+            prepare_row(a_SI[s], form[1], form[2], (s - first) * a_stride, a_words, a_ints, a_floats)
     for part in numba.prange(parts):
         _outer(part, parts, spans_P3, token_S, weight_S, table_P6, forms_F4, a_words.ctypes.data, a_stride, inner, y_TD)
+
+
+@numba.njit(error_model="numpy", cache=True)
+def one_token(x_at, ids_at, weights_at, slots, table_E6, forms_F4, x_words, a_words, a_stride, inner, width, y_at, parts):
+    """bf16 y [D] of one bf16 token from its chosen experts, ids int64 and weights fp32 [K]: what swiglu gives, in one call.
+
+    False, and nothing done, where an expert is chosen twice or none is.
+    """
+    ids_K, weights_K = int64_at(ids_at, 1, slots)[0], fp32_at(weights_at, 1, slots)[0]
+    spans_P3, weight_S, hit = np.empty((slots, 3), np.int64), np.empty(slots, np.float32), 0
+    for k in range(slots):  # sorted by expert, ids outside the bank left out
+        e, at = ids_K[k], hit
+        if e < 0 or e >= table_E6.shape[0]:
+            continue
+        while at > 0 and spans_P3[at - 1, 0] > e:
+            spans_P3[at, 0], weight_S[at] = spans_P3[at - 1, 0], weight_S[at - 1]
+            at -= 1
+        if at > 0 and spans_P3[at - 1, 0] == e:
+            return False
+        spans_P3[at, 0], weight_S[at] = e, weights_K[k]
+        hit += 1
+    if not hit:
+        return False
+    table_P6 = np.empty((hit, 6), np.int64)
+    for p in range(hit):
+        table_P6[p] = table_E6[spans_P3[p, 0]]
+        spans_P3[p, 1], spans_P3[p, 2] = p, p + 1
+    x_D, y_D = bf16_at(x_at, 1, width)[0], bf16_at(y_at, 1, width)[0]
+    x_1D, sum_1D, a_SI = np.empty((1, width), np.float32), np.zeros((1, width), np.float32), np.empty((hit, inner), np.float32)
+    for d in range(width):
+        x_1D[0, d] = widen(x_D[d])
+    token_S = np.zeros(hit, np.int64)
+    swiglu(x_1D, spans_P3[:hit], token_S, weight_S[:hit], table_P6, forms_F4, x_words, a_words, a_stride, a_SI, sum_1D, parts)
+    for d in range(width):
+        y_D[d] = rounded(sum_1D[0, d])
+    return True
