@@ -7,6 +7,7 @@ import torch
 
 from moesaic.balancing.balancer import Scope
 from moesaic.balancing.bias import BiasController
+from moesaic.balancing.dual import dual, subgradient
 from moesaic.core.context import RoutingContext
 from moesaic.core.errors import BadInput
 from moesaic.layers.moe import MoE
@@ -42,16 +43,23 @@ def test_a_constant_bias_changes_nothing():
 
 def test_dual_function_is_convex_with_subgradient_n_minus_c():
     _router, _, logits = fixed(tokens=60, experts=6, k=2)
-    g, capacity = logits.sigmoid().double(), 60 * 2 / 6
+    g = logits.sigmoid().double()
+    for _ in range(20):
+        a, b = torch.randn(6).double(), torch.randn(6).double()
+        middle = dual(g, 0.5 * (a + b), 2)
+        assert middle <= 0.5 * (dual(g, a, 2) + dual(g, b, 2)) + 1e-9
+        torch.testing.assert_close(dual(g, a + 3.0, 2), dual(g, a, 2))
+        assert dual(g, b, 2) >= dual(g, a, 2) + (subgradient(g, a, 2) * (b - a)).sum() - 1e-9
+    leaf = a.clone().requires_grad_()
+    dual(g, leaf, 2).backward()
+    torch.testing.assert_close(leaf.grad, subgradient(g, a, 2))
 
-    def dual(b):
-        return (g + b).topk(2, 1).values.sum() - capacity * b.sum()
 
-    a, b = torch.randn(6).double(), torch.randn(6).double()
-    assert dual(0.5 * (a + b)) <= 0.5 * (dual(a) + dual(b)) + 1e-9
-    torch.testing.assert_close(dual(a + 3.0), dual(a))
-    n = torch.bincount((g + a).topk(2, 1).indices.flatten(), minlength=6)
-    assert dual(b) >= dual(a) + ((n - capacity) * (b - a)).sum() - 1e-9
+def test_no_assignment_that_is_balanced_beats_the_dual():
+    _router, _, logits = fixed(tokens=60, experts=6, k=1)
+    g = logits.sigmoid().double()
+    balanced = g[torch.arange(60), torch.arange(60) % 6].sum()
+    assert all(dual(g, torch.randn(6).double(), 1) >= balanced for _ in range(10))
 
 
 def test_tokens_move_only_from_overloaded_to_underloaded_experts():
@@ -106,9 +114,43 @@ def test_counts_sum_over_micro_steps_and_freeze_stops():
 
 def test_proportional_rule():
     router, controller, _ = fixed(rate=0.1, rule="proportional")
+    assert not hasattr(router, "bias_steps"), "a rule that does not count steps keeps no step"
     controller.observe(router(torch.eye(6)[:1].repeat(12, 1), EVAL), Scope())
     controller.after_step()
     torch.testing.assert_close(router.bias_E, torch.tensor([-0.5, 0.1, 0.1, 0.1, 0.1, 0.1]))
+
+
+@pytest.mark.parametrize(("rule", "second"), [("eps_n", 1 / 2), ("eps_sqrt_n", 2**-0.5)])
+def test_falling_rates_and_their_step_is_saved(rule, second):
+    router, controller, _ = fixed(rate=0.1, rule=rule)
+    moves = []
+    routing = router(torch.eye(6)[:1].repeat(12, 1), EVAL)
+    for _ in range(2):
+        before = router.bias_E.clone()
+        controller.observe(routing, Scope())
+        controller.after_step()
+        moves.append(router.bias_E - before)
+    torch.testing.assert_close(moves[0], torch.tensor([-0.5, 0.1, 0.1, 0.1, 0.1, 0.1]))
+    torch.testing.assert_close(moves[1], moves[0] * second)
+    assert int(router.state_dict()["bias_steps"]) == 2
+
+
+def test_it_freezes_after_the_given_steps():
+    router, controller, _ = fixed(rate=0.1, freeze_after=2)
+    for step in range(4):
+        controller.observe(router(torch.eye(6)[:1].repeat(12, 1) * 50, EVAL), Scope())
+        controller.after_step()
+        if step == 1:
+            held = router.bias_E.clone()
+    assert torch.equal(router.bias_E, held) and held.any()
+
+
+@pytest.mark.parametrize(("convention", "rate"), [("sigmoid", 1e-3), ("renormalised", 0.1 / 8)])
+def test_the_rate_follows_the_scale_of_the_scores(convention, rate):
+    assert BiasController().bind(TopK(16, 8, convention=convention)).rate == rate
+    for bad in ({"rule": "signs"}, {"rate": -1.0}, {"freeze_after": -1}):
+        with pytest.raises(BadInput, match=next(iter(bad))):
+            BiasController(**bad)
 
 
 def test_recomputation_does_not_count_twice():

@@ -78,8 +78,8 @@ def test_global_counts_replace_local_ones_and_are_reduced():
     routing = routing_of(torch.randn(30, 6))
     given = torch.tensor([1.0, 0, 0, 0, 0, 0])
     want = 6 * routing.probs_TE.mean(0)[0]
-    torch.testing.assert_close(Switch().loss(routing, Scope(counts_E=given)), want)
-    doubled = Switch().loss(routing, Scope(reduce=lambda n: n * 2))
+    torch.testing.assert_close(Switch().loss(routing, Scope(total=lambda name, counts: given)), want)
+    doubled = Switch().loss(routing, Scope(total=lambda name, counts: counts * 2))
     torch.testing.assert_close(doubled, Switch().loss(routing, ALL))
 
 

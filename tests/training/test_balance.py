@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from moesaic.core.errors import BadInput
-from moesaic.training.balance import Balance, max_violation
+from moesaic.training.balance import Balance, load_facts, max_violation
 
 
 @pytest.fixture
@@ -54,3 +54,26 @@ def test_a_controller_that_the_model_cannot_take(model):
 def test_max_violation():
     assert max_violation(torch.tensor([0.25, 0.25, 0.5, 0.0])) == pytest.approx(1.0)
     assert max_violation(torch.full((8,), 1 / 8)) == pytest.approx(0.0)
+
+
+def test_facts_of_a_load():
+    even, skew = torch.full((4,), 0.25), torch.tensor([0.5, 0.5, 0.0, 0.0])
+    facts = load_facts([even, skew])
+    assert facts == {
+        "max_vio": [0.0, 1.0], "load_cv": [0.0, 1.0], "load_entropy": [1.0, 0.5], "dead_experts": [0, 2]
+    }  # fmt: skip
+
+
+def test_a_global_scope_counts_over_micro_steps(model):
+    balance = Balance(model, {"switch": 1.0}, "global")
+    counts = []
+    for seed in (0, 1):
+        ids = torch.randint(100, (2, 9), generator=torch.Generator().manual_seed(seed))
+        logits = model(input_ids=ids, output_router_logits=True).router_logits
+        counts.append(torch.stack([torch.bincount(one.topk(2).indices.flatten(), minlength=4) for one in logits]))
+        found = balance.losses(2, training=True)["switch"]
+        share_LE = sum(counts) / sum(counts).sum(1, keepdim=True)
+        want = [4 * (f * one.softmax(-1).mean(0)).sum() for f, one in zip(share_LE, logits, strict=True)]
+        torch.testing.assert_close(found, torch.stack(want).mean())
+    balance.after_step()
+    balance.losses(2, training=True)

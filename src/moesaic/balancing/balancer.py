@@ -5,21 +5,29 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from moesaic.core.routing import Routing
 
 Reduce = Callable[[Tensor], Tensor]
-"""Sums counts over the data-parallel group (identity on one process); probabilities stay local."""
+"""Sums over the data-parallel group (identity on one process); the result has no gradient."""
+
+Total = Callable[[str, Tensor], Tensor]
+"""(name, counts of this call) -> counts over the scope. A loss names each thing that it counts."""
 
 
 class Scope(NamedTuple):
-    """What a loss may average over. `counts_E`, when given, replaces the local counts: the global batch's."""
+    """What a loss may count over: see `scope.Counting`, which makes them. Without `total` it is the call's own tokens."""
 
     mask_T: Tensor | None = None
     sequence_ids: Tensor | None = None
     reduce: Reduce | None = None
-    counts_E: Tensor | None = None
+    total: Total | None = None
+
+    def tally(self, name: str, counts: Tensor) -> Tensor:
+        """These counts over the whole scope, detached."""
+        return (counts if self.total is None else self.total(name, counts)).detach()
 
 
 class Balancer:
@@ -35,6 +43,9 @@ class Balancer:
         """Meet the router of the layer: a controller keeps it, a loss may read its shape."""
         return self
 
+    def bind_bank(self, cost_E: Tensor) -> None:
+        """Meet the bank: FLOPs per token of each router row, 0 for a row that no expert serves."""
+
     def loss(self, routing: Routing, scope: Scope) -> Tensor | None:
         return None
 
@@ -45,10 +56,19 @@ class Balancer:
 
 def load_E(routing: Routing, scope: Scope) -> Tensor:
     """f [E], detached: share of the selected pairs sent to each router row; sums to 1 (0 when nothing is selected)."""
-    counts_E = routing.counts_E(scope.mask_T) if scope.counts_E is None else scope.counts_E
-    if scope.reduce is not None:
-        counts_E = scope.reduce(counts_E)
-    return (counts_E / counts_E.sum().clamp(min=1)).detach()
+    return share_of(scope.tally("load", routing.counts_E(scope.mask_T)))
+
+
+def share_of(counts_E: Tensor) -> Tensor:
+    """Counts as shares of their sum, float32 along the last axis; zeros when there are none."""
+    return (counts_E / counts_E.sum(-1, keepdim=True).clamp(min=1)).float()
+
+
+def slots_per_token(routing: Routing, scope: Scope) -> Tensor:
+    """Mean number of rows that a real token selected, over the scope: K, or less where slots stay empty."""
+    pairs = scope.tally("load", routing.counts_E(scope.mask_T)).sum()
+    tokens = torch.tensor(float(routing.tokens), device=pairs.device) if scope.mask_T is None else scope.mask_T.sum()
+    return (pairs / scope.tally("tokens", tokens).clamp(min=1)).float()
 
 
 def mean_probability_E(routing: Routing, scope: Scope) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from moesaic.balancing.balancer import Balancer, Scope, masked_mean, probabilities
+from moesaic.balancing.balancer import Balancer, Scope, masked_mean, probabilities, share_of
 from moesaic.core.registry import register
 from moesaic.core.routing import Routing
 
@@ -29,10 +29,9 @@ class ModalityLoad(Balancer):
         p_TE = probabilities(routing)
         vision_T = routing.aux.get("vision_T")
         real_T = torch.ones_like(p_TE[:, 0], dtype=torch.bool) if scope.mask_T is None else scope.mask_T
-        parts = [real_T] if vision_T is None else [real_T & vision_T, real_T & ~vision_T]
+        parts = {"load": real_T} if vision_T is None else {"vision": real_T & vision_T, "text": real_T & ~vision_T}
         total = p_TE.sum() * 0.0
-        for mask_T in parts:
-            counts_E = routing.counts_E(mask_T)
-            f_E = counts_E / counts_E.sum().clamp(min=1)
+        for name, mask_T in parts.items():
+            f_E = share_of(scope.tally(name, routing.counts_E(mask_T)))
             total = total + (routing.num_experts - self.own) * (f_E * masked_mean(p_TE, mask_T)).sum()
         return total

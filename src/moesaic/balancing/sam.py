@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from moesaic.balancing.balancer import Balancer, Scope, masked_mean, probabilities
+from moesaic.balancing.balancer import Balancer, Scope, masked_mean, probabilities, share_of
 from moesaic.core.errors import BadInput
 from moesaic.core.registry import register
 from moesaic.core.routing import Routing
@@ -39,12 +39,13 @@ class SamLoad(Balancer):
         p_TGe = probabilities(routing).unflatten(1, (groups, -1))
         q_TG = p_TGe.sum(-1)
         reached_TG = (count_TGe.sum(-1) > 0).float()
-        f_G = reached_TG.sum(0) / reached_TG.sum().clamp(min=1)
+        reached_G = scope.tally("sam_groups", reached_TG.sum(0))
+        f_G = share_of(reached_G)
         total = groups * (f_G * masked_mean(q_TG, scope.mask_T)).sum()
         r_TGe = p_TGe / q_TG.clamp(min=1e-20).unsqueeze(-1)
         r_Ge = (r_TGe * reached_TG.unsqueeze(-1)).sum(0) / reached_TG.sum(0).clamp(min=1).unsqueeze(-1)
-        f_Ge = count_TGe.sum(0) / count_TGe.sum((0, 2)).clamp(min=1).unsqueeze(-1)
-        total = total + experts / groups * (f_Ge * r_Ge).sum() / (reached_TG.sum(0) > 0).sum().clamp(min=1)
+        f_Ge = share_of(scope.tally("sam_experts", count_TGe.sum(0)))
+        total = total + experts / groups * (f_Ge * r_Ge).sum() / (reached_G > 0).sum().clamp(min=1)
         if self.align:
             best_TG = routing.logits_TE.float().softmax(-1).unflatten(1, (groups, -1)).sum(-1).detach()
             total = total - self.align * masked_mean((best_TG * q_TG.clamp(min=1e-20).log()).sum(-1), scope.mask_T)

@@ -83,13 +83,13 @@ class ChainOfExperts(MoE):
         ctx = self.context(ctx)
         x_TD = x.reshape(-1, x.shape[-1])
         passes: list[Routing] = []
-        for router in self.routers():
+        for visit, router in enumerate(self.routers()):
             seen = ctx.replace(previous=passes[-1].state if passes else ctx.previous, memo={})
             if self.bank.shows_activations:
                 seen = seen.replace(activations=partial(self.bank.activations, memo=seen.memo))
             routing = router(x_TD, seen)
             if ctx.training and ctx.sequence_ids is not None and self.balancers:
-                routing = self._balance(routing, ctx)
+                routing = self._balance(routing, ctx, visit)
             y_TD = self._run(x_TD, routing, seen)
             if self.shared is not None:
                 y_TD = y_TD + self.shared(x_TD)

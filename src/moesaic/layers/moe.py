@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moesaic.balancing.balancer import Balancer, Scope
+from moesaic.balancing.balancer import Balancer
+from moesaic.balancing.scope import Counting
 from moesaic.core import registry
 from moesaic.core.context import RoutingContext
 from moesaic.core.errors import BadInput, MissingNeed
@@ -27,7 +28,7 @@ class MoE(Layer):
     the options mappings; `balance` maps a name to its coefficient (a controller's rate) or to its options. `host` names
     the needs that the surrounding model can give, and `causal` says whether it is a causal one: an impossible combination
     is refused here, not in the first forward. In training the weighted balance losses are in `routing.aux` under
-    `loss/NAME`.
+    `loss/NAME`; `balance_scope` says over which tokens they count (`balancing/scope.py`).
     """
 
     def __init__(
@@ -43,6 +44,7 @@ class MoE(Layer):
         host: Iterable[str] | None = None,
         router_options: Mapping[str, Any] | None = None,
         bank_options: Mapping[str, Any] | None = None,
+        balance_scope: str = "micro_batch",
     ):
         super().__init__()
         if isinstance(router, str):
@@ -56,7 +58,17 @@ class MoE(Layer):
         self.router, self.bank, self.shared = router, bank, shared
         self.experts_call = ExpertsCall(self)
         self.balancers = {name: _balancer(name, value, router) for name, value in _named(balance)}
+        self.counting = Counting(balance_scope)
         self._check(causal, host)
+        if self.balancers and not self.router.keyed:
+            cost_E = self._row_costs()
+            for balancer in self.balancers.values():
+                balancer.bind_bank(cost_E)
+
+    def _row_costs(self) -> Tensor:
+        """FLOPs per token of each router row: its expert's; 0 for rows that no expert serves."""
+        cost_E = self.bank.cost_E if self.bank.row_to_expert is None else self.bank.cost_E[self.bank.row_to_expert]
+        return torch.cat([cost_E, cost_E.new_zeros(self.router.num_experts - len(cost_E))])
 
     def _check(self, causal: bool, host: Iterable[str] | None) -> None:
         name = type(self.router).__name__
@@ -104,12 +116,13 @@ class MoE(Layer):
         tokens_T = torch.arange(x_TD.shape[0], device=x_TD.device)
         return merged.run(x_TD, Dispatch.sort(tokens_T, routing.group_T, ones_T, len(merged), x_TD.shape[0]))
 
-    def _balance(self, routing: Routing, ctx: RoutingContext) -> Routing:
-        scope = Scope(ctx.mask, ctx.sequence_ids)
+    def _balance(self, routing: Routing, ctx: RoutingContext, visit: int = 0) -> Routing:
+        """The routing with its weighted losses. `visit` numbers the routings of a layer that routes several times."""
+        scope = self.counting.scope(ctx.mask, ctx.sequence_ids, visit)
         losses = {}
         for name, balancer in self.balancers.items():
             balancer.observe(routing, scope)
-            value = balancer.loss(routing, scope)
+            value = self.counting.loss(balancer, routing, scope)
             if value is not None:
                 losses[f"loss/{name}"] = balancer.coefficient * value
         return routing.replace(aux={**routing.aux, **losses})
@@ -118,6 +131,7 @@ class MoE(Layer):
         """Call once after every optimiser step: moves the selection biases."""
         for balancer in self.balancers.values():
             balancer.after_step()
+        self.counting.after_step()
 
 
 def _named(balance: Mapping[str, Any] | Iterable[Balancer]) -> list[tuple[str, Any]]:

@@ -5,12 +5,14 @@ Shape legend: L MoE layers, E experts, T tokens.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from moesaic.balancing.balancer import Balancer, Scope
+from moesaic.balancing.balancer import Balancer
+from moesaic.balancing.scope import Counting
 from moesaic.core.errors import BadInput, MoesaicError, NotMoE
 from moesaic.core.registry import Entry, get
 from moesaic.core.routing import Routing
@@ -57,10 +59,10 @@ class OwnBalance:
         self._handle.remove()
 
 
-def balance_of(model: Any, methods: dict[str, Any]) -> Balance | OwnBalance:
+def balance_of(model: Any, methods: dict[str, Any], scope: str = "micro_batch") -> Balance | OwnBalance:
     """What balances `model`: itself, or these methods on its routers. Raises BadInput, see Balance."""
     own = hasattr(model, "after_step") and hasattr(model.config, "balance")
-    return OwnBalance(model) if own else Balance(model, methods)
+    return OwnBalance(model) if own else Balance(model, methods, scope)
 
 
 class Balance:
@@ -68,11 +70,12 @@ class Balance:
 
     Args:
         methods: registered name -> coefficient, or -> its parameters as a mapping.
+        scope: which tokens the losses count, see `balancing/scope.py`.
 
     Raises BadInput naming the method that is unknown, does not fit the model, or was asked of a dense model.
     """
 
-    def __init__(self, model: nn.Module, methods: dict[str, Any]) -> None:
+    def __init__(self, model: nn.Module, methods: dict[str, Any], scope: str = "micro_batch") -> None:
         from moesaic.view import view
 
         try:
@@ -89,6 +92,7 @@ class Balance:
             for block, balancers in zip(blocks, self._balancers, strict=True):
                 balancers[name] = _build(entry, name, value, block)
             self.coefficients[name] = self._balancers[0][name].coefficient
+        self._counting = [Counting(scope) for _ in blocks]
         self._calls: list[Routing | None] = [None] * self.layers
         self._handles = [block.on_route(self._keep(i)) for i, block in enumerate(blocks)]
 
@@ -101,13 +105,14 @@ class Balance:
     def losses(self, sequences: int, training: bool) -> dict[str, Tensor]:
         """Each method's loss of the last forward pass, averaged over layers, without its coefficient."""
         found: dict[str, list[Tensor]] = {}
-        for routing, balancers in zip(self._calls, self._balancers, strict=True):
+        for routing, balancers, of_run in zip(self._calls, self._balancers, self._counting, strict=True):
             if routing is None:
                 continue
             ids_T = torch.arange(sequences, device=routing.logits_TE.device).repeat_interleave(routing.tokens // sequences)
-            scope = Scope(sequence_ids=ids_T)
+            counting = of_run if training else Counting()
+            scope = counting.scope(sequence_ids=ids_T)
             for name, balancer in balancers.items():
-                loss = balancer.loss(routing, scope)
+                loss = counting.loss(balancer, routing, scope)
                 if loss is not None:
                     found.setdefault(name, []).append(loss)
                 if training:
@@ -127,6 +132,8 @@ class Balance:
         for balancers in self._balancers:
             for balancer in balancers.values():
                 balancer.after_step()
+        for counting in self._counting:
+            counting.after_step()
 
     def close(self) -> None:
         """Take the hooks off."""
@@ -155,3 +162,20 @@ def _build(entry: Entry, name: str, value: Any, block: Any) -> Balancer:
 def max_violation(load_E: Tensor) -> float:
     """MaxVio: how far the busiest expert is above the mean load, as a share of the mean (0 = even)."""
     return load_E.max().item() * load_E.numel() - 1
+
+
+def load_facts(shares: list[Tensor]) -> dict[str, list[float]]:
+    """How even the load of each layer is, for the log: from shares [E] that sum to 1, one list entry per layer.
+
+    `max_vio` as above; `load_cv` standard deviation over mean; `load_entropy` in nats over ln E (1 = even);
+    `dead_experts`: how many got nothing.
+    """
+    facts: dict[str, list[float]] = {"max_vio": [], "load_cv": [], "load_entropy": [], "dead_experts": []}
+    for share_E in shares:
+        experts = share_E.numel()
+        entropy = -torch.special.xlogy(share_E, share_E).sum().item()
+        facts["max_vio"].append(round(max_violation(share_E), 4))
+        facts["load_cv"].append(round((share_E.std(correction=0) * experts).item(), 4))
+        facts["load_entropy"].append(round(entropy / math.log(experts), 4) if experts > 1 else 1.0)
+        facts["dead_experts"].append(int((share_E == 0).sum()))
+    return facts

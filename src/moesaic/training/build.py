@@ -104,6 +104,8 @@ def _model_config(config: TrainConfig, tokenizer: Any) -> Any:
         if fields.get("balance"):
             raise BadInput("balance and model.balance: give one of them")
         given["balance"] = config.balance
+    if config.balance_scope != "micro_batch" and hasattr(known, "balance_scope"):
+        given["balance_scope"] = config.balance_scope
     try:
         return AutoConfig.for_model(kind, **given)
     except Exception as error:  # transformers' validators raise classes of their own

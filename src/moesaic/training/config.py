@@ -41,6 +41,9 @@ class TrainConfig(BaseModel):
     balance: dict[str, float | dict[str, Any]] = Field(
         default_factory=dict, description="balancing method -> coefficient, or -> its parameters"
     )
+    balance_scope: Literal["sequence", "micro_batch", "data_parallel", "global"] = Field(
+        "micro_batch", description="which tokens the balance losses count; global: the whole batch of an optimiser step"
+    )
     consistency: float = Field(0.0, ge=0, description="THOR: two forwards per micro-step, which must agree this much")
     experts_implementation: str = "moesaic"
     attention: str = Field("auto", description="a transformers attention implementation; auto: the fastest that fits")

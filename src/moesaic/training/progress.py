@@ -34,9 +34,9 @@ class RunLog:
         for key, value in record.items():
             if isinstance(value, float | int) and key != "step":
                 self._board.add_scalar(key, value, step)
-            elif key == "max_vio":
-                for layer, violation in enumerate(value):
-                    self._board.add_scalar(f"max_vio/layer_{layer}", violation, step)
+            elif isinstance(value, list):
+                for layer, number in enumerate(value):
+                    self._board.add_scalar(f"{key}/layer_{layer}", number, step)
 
     def close(self) -> None:
         self._file.close()
@@ -71,7 +71,14 @@ def status(record: dict[str, Any]) -> str:
     text = f"loss {record['loss']:.3f}  {record['tokens_per_second']:,} tokens/s"
     if "max_vio" in record:
         text += "  max/mean load by layer " + " ".join(f"{v + 1:.1f}" for v in record["max_vio"])
+        text += f"  cv {_mean(record['load_cv']):.2f}  entropy {_mean(record['load_entropy']):.3f}"
+        dead = sum(record["dead_experts"])
+        text += f"  {dead} dead" if dead else ""
     return text + (f"  valid {record['valid_loss']:.3f}" if "valid_loss" in record else "")
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values)
 
 
 def _step(line: str) -> float:

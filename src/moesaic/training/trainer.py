@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from moesaic.core.errors import BadInput
 from moesaic.training import build, checkpoint
-from moesaic.training.balance import balance_of, max_violation
+from moesaic.training.balance import balance_of, load_facts
 from moesaic.training.config import TrainConfig, learning_rate
 from moesaic.training.consistency import two_forwards
 from moesaic.training.loss import linear_cross_entropy, plain_head
@@ -53,7 +53,7 @@ class Trainer:
         self.valid_data = build.build_data(config, "valid", self.tokenizer, self.out) if config.valid else None
         self.model = build.build_model(config, self.tokenizer)
         self.head = plain_head(self.model)
-        self.balance = balance_of(self.model, config.balance)
+        self.balance = balance_of(self.model, config.balance, config.balance_scope)
         self.optimizer = build.build_optimizer(config, self.model)
         self.resumed_from: Path | None = None
         self.last: dict[str, Any] = {}
@@ -118,7 +118,7 @@ class Trainer:
         record: dict[str, Any] = {"step": step, "loss": total, "lr": rate, "grad_norm": norm, **parts}
         if loads[0]:
             shares = [torch.stack(layer).mean(0) for layer in zip(*loads, strict=True)]
-            record["max_vio"] = [round(max_violation(share_E), 4) for share_E in shares]
+            record |= load_facts(shares)
         return record
 
     def _diverged(self, step: int, loss: float, norm: float) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from moesaic.balancing.scope import Counting
 from moesaic.core import registry
 from moesaic.core.errors import BadInput
 from moesaic.experts.shared import SharedExperts
@@ -93,9 +94,13 @@ def moe_layer(config: MoesaicConfig, index: int, shared: Mapping[str, nn.Module]
             )
     given = {field: value for field, value in given.items() if value is not None and field in parameters}
     try:
-        return build(config.hidden_size, config.experts, **{**given, **own})
+        layer = build(config.hidden_size, config.experts, **{**given, **own})
     except TypeError as error:  # an option that the router's or the bank's signature does not have
         raise BadInput(f"layer {index}: {error}") from error
+    for part in layer.modules():
+        if isinstance(part, MoE):
+            part.counting = Counting(config.balance_scope)
+    return layer
 
 
 def _bank_options(config: MoesaicConfig, router: str | None, parameters: Mapping[str, Any]) -> dict[str, Any]:

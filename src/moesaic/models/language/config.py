@@ -6,6 +6,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
+from moesaic.balancing.scope import SCOPES
 from moesaic.core.errors import BadInput
 
 PER_CALL = ("task_ids", "modality_ids", "language_ids", "class_ids", "timesteps")
@@ -52,6 +53,7 @@ class MoesaicConfig(PreTrainedConfig):
     layer: str | None = None
     layer_options: dict[str, Any] | None = None
     balance: dict[str, Any] | None = None
+    balance_scope: str = "micro_batch"
     shared_experts: int = 0
     shared_width: int | None = None
     parallel_dense: bool = False
@@ -114,6 +116,8 @@ class MoesaicConfig(PreTrainedConfig):
         for layer in self.per_layer or {}:
             if not layer.isdigit() or int(layer) not in sparse:
                 raise BadInput(f"per_layer: {layer!r} is no MoE layer: those are {sparse}")
+        if self.balance_scope not in SCOPES:
+            raise BadInput(f"balance_scope={self.balance_scope!r}: one of {', '.join(SCOPES)}")
         unknown = sorted(set(self.gives or []) - set(PER_CALL))
         if unknown:
             raise BadInput(f"gives: {', '.join(unknown)}: a caller can give {', '.join(PER_CALL)}; the rest the model gives")
