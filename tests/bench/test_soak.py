@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 
 import pytest
 
@@ -31,9 +33,6 @@ def test_bad_options(tmp_path, how, words):
 
 @pytest.mark.slow
 def test_a_minute_of_streaming_is_flat(tmp_path):
-    import subprocess
-    import sys
-
     command = [sys.executable, "-m", "moesaic", "bench", "soak", "--minutes", "1", "--folder", str(tmp_path), "--json"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -41,3 +40,13 @@ def test_a_minute_of_streaming_is_flat(tmp_path):
     print(found)
     assert found["errors"] == 0 and found["requests"] > 5 and found["evictions"] > 0
     assert found["last_third_bytes"] - found["first_third_bytes"] < MOST_GROWTH
+
+
+@pytest.mark.slow
+def test_a_server_answers_clients_that_come_and_go():
+    command = [sys.executable, "-m", "moesaic", "bench", "soak", "--server", "--minutes", "0.2", "--json"]
+    result = json.loads(subprocess.run(command, check=True, capture_output=True, text=True, timeout=300).stdout)
+    assert result["errors"] == 0, result["first_errors"]
+    assert {"chat", "completion", "stream", "leaves", "refused"} <= {*result["answers"]}
+    assert result["peak_sample_bytes"] < 2e9
+    assert result["metrics"]["moesaic_waiting_jobs"] == 0

@@ -74,6 +74,31 @@ def test_a_narrower_dtype_is_not_exact(moesaic, tiny_moe):
     assert json.loads(result.out)["exact"] is False
 
 
+def test_rounded_while_loading(moesaic):
+    done = moesaic("run", "bundled", "--quantize", "int4:linear=8", "--no-page", "--max-new-tokens", 4, "--json")
+    facts = json.loads(done.out)
+    whole = json.loads(moesaic("run", "bundled", "--no-page", "--max-new-tokens", 1, "--json").out)
+    assert not facts["exact"] and facts["rounding"]["experts_by_bits"] == {"4": 96} and facts["rounding"]["linear_bits"] == 8
+    assert facts["total_bytes"] == whole["total_bytes"]
+    assert facts["resident_bytes"] < 0.6 * facts["total_bytes"]
+    shown = moesaic("run", "bundled", "--quantize", "int4", "--no-page", "--max-new-tokens", 2)
+    assert "no: experts rounded to 4 bits" in shown.out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--quantize", "int5"], "one of int8, int4, int2, mixed"),
+        (["--quantize", "mixed"], "mixed widths take an importance"),
+        (["--quantize", "int4", "--resident", "0.5"], "needs all experts in memory"),
+        (["--quantize", "int4", "--experts", "eager"], "leave --experts eager out"),
+    ],
+)
+def test_rounding_that_cannot_be(moesaic, arguments, words):
+    done = moesaic("run", "bundled", *arguments)
+    assert done.code == 2 and words in " ".join(done.err.split())
+
+
 def test_generation_stops_at_the_end_of_the_context(moesaic, tiny_moe):
     result = moesaic("run", tiny_moe, "the router " * 5, "--max-new-tokens", 500, "--json", "--no-page", "--threads", 1)
     found = json.loads(result.out)

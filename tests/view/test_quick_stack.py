@@ -178,6 +178,21 @@ def test_hooks_are_called():
     assert torch.equal(got, want)
 
 
+def test_policies_steer_single_tokens():
+    model = made()
+    plain = copy.deepcopy(model)
+    quicken(model)
+    for policy in ({"k": 5}, {"k": 1}, {"without": [0, 3]}, {"bias": torch.tensor([0.0, 0.3, 0.0, 0.0, 0.0, -0.3])}):
+        seen = []
+        for one in (model, plain):
+            view, ids = moesaic.view(one), []
+            with view.policy(**policy), view.on_route(lambda routing, block, ids=ids: ids.append(routing.experts_TK)):
+                steps(one, IDS[:, :7])
+            seen.append(torch.cat([x.sort(1).values for x in ids]))
+        assert seen[0].shape == seen[1].shape
+        assert (seen[0] == seen[1]).float().mean() > 0.9, policy
+
+
 def negate(module):
     module.weight = torch.nn.Parameter(-module.weight)
 

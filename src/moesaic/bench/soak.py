@@ -97,10 +97,10 @@ def _answer(model: Any, vocabulary: int, number: int, written: int) -> int:
 
 
 class Sampler:
-    """Resident memory of this process, sampled in a thread of its own while a `with` block runs."""
+    """Resident memory, of this process unless `read` says otherwise, sampled in a thread while a `with` block runs."""
 
-    def __init__(self, every: float) -> None:
-        self.every = every
+    def __init__(self, every: float, read: Callable[[], int] | None = None) -> None:
+        self.every, self.read = every, read or resident_bytes
         self.seconds: list[float] = []
         self.bytes: list[int] = []
         self._stop = threading.Event()
@@ -114,7 +114,7 @@ class Sampler:
         began = time.monotonic()
         while True:
             self.seconds.append(time.monotonic() - began)
-            self.bytes.append(resident_bytes())
+            self.bytes.append(self.read())
             if self._stop.wait(self.every):
                 return
 
@@ -127,12 +127,12 @@ class Sampler:
         self._thread.join()
 
 
-def resident_bytes() -> int:
-    """Memory of this process that is resident now. Raises BadInput where the system does not tell."""
+def resident_bytes(process: int | str = "self") -> int:
+    """Memory of a process that is resident now. Raises BadInput where the system does not tell."""
     try:
-        return int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1]) * os.sysconf("SC_PAGE_SIZE")
+        return int(Path(f"/proc/{process}/statm").read_text(encoding="ascii").split()[1]) * os.sysconf("SC_PAGE_SIZE")
     except (OSError, IndexError, ValueError) as error:
-        raise BadInput(f"bench soak reads /proc/self/statm, which is not to be had here ({error})") from error
+        raise BadInput(f"bench soak reads /proc/{process}/statm, which is not to be had here ({error})") from error
 
 
 def summary(seconds: list[float], held: list[int]) -> dict[str, Any]:

@@ -120,20 +120,26 @@ def soak(
     share: Annotated[float, typer.Option(help="Resident share of the expert bytes.")] = 0.25,
     policy: Annotated[str, typer.Option(help="Cache policy.")] = "lru",
     threads: Annotated[int, typer.Option(help="CPU threads.")] = 1,
+    server: Annotated[bool, typer.Option(help="A real server and clients that come and go, instead of prompts.")] = False,
+    model: Annotated[str, typer.Option(help="With --server: the model it serves.")] = "bundled",
     out: Out = None,
     json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Stream a generated Qwen3-MoE for a long time, with prompts that change, and see whether its memory stays flat."""
-    from moesaic.bench import soak as bench
+    """Stream a model for a long time, with prompts that change, and see whether its memory stays flat."""
+    from moesaic.bench import soak, soak_server
 
-    options = bench.Options(folder.expanduser(), size, minutes, share, policy, threads)
-    result = measured("soak", partial(bench.run, options), out, json)
+    if server:
+        served = soak_server.Options(model, minutes, share, policy, threads)
+        result = measured("soak", partial(soak_server.run, served), out, json)
+    else:
+        options = soak.Options(folder.expanduser(), size, minutes, share, policy, threads)
+        result = measured("soak", partial(soak.run, options), out, json)
     if result is None:
         return
     console.print(
-        f"{result['minutes']:g} minutes, {result['requests']:,} prompts, {result['tokens']:,} tokens, "
-        f"{result['errors']} errors; hit rate {result['hit_rate']:.1%}, {show_bytes(result['read_bytes'])} read"
+        f"{result['minutes']:g} minutes, {result['requests']:,} requests, {result['tokens']:,} tokens, "
+        f"{result['errors']} errors"
     )
     console.print(
         f"resident: {show_bytes(result['first_third_bytes'])} in the first third, "

@@ -58,7 +58,8 @@ def calibrate(
 
     options.use_threads(threads)
     documents = select(read_documents(data), max_bytes, seed)
-    loaded, tokenizer, _ = open_model(model, dtype, trust_remote_code=trust_remote_code)
+    opened = open_model(model, dtype, trust_remote_code=trust_remote_code)
+    loaded, tokenizer = opened.model, opened.tokenizer
     columns = (TextColumn("calibrating"), BarColumn(), TextColumn("{task.completed:,.0f} / {task.total:,.0f} tokens"))
     with Progress(*columns, TimeRemainingColumn(), console=progress_console, transient=True) as bar:
         task = bar.add_task("calibrating", total=1)

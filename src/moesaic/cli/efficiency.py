@@ -90,7 +90,8 @@ def compare(mine: dict[str, Any], bits_per_byte: float, against: str, documents:
     from moesaic.evaluation import efficiency as e
 
     scoring = {key: how.pop(key) for key in ("context", "stride", "batch_size")}
-    other, tokenizer, _ = open_model(against, dense_ok=True, **how)
+    opened = open_model(against, dense_ok=True, **how)
+    other, tokenizer = opened.model, opened.tokenizer
     theirs = bpb.report(against, bpb.score_documents(other, tokenizer, documents, **scoring))["bits_per_byte"]
     size = e.held_bytes(other)
     return {

@@ -26,7 +26,7 @@ def evaluate(
     dtype: options.Dtype = "auto",
     experts: options.Experts = "moesaic",
     quantize: Annotated[
-        str | None, typer.Option(help="Experts in few bits: int8, int4, int2, int4:group=32, mixed:high=8,low=4,share=0.25.")
+        str | None, typer.Option(help="In few bits: int8, int4, int2, int4:group=32,linear=8, mixed:high=8,low=4,share=0.25.")
     ] = None,
     importance: Annotated[
         Path | None, typer.Option(help="For mixed: a .moetrace that tells how often experts are chosen; default: this text.")
@@ -70,7 +70,7 @@ def evaluate(
         opened = open_model(model, dtype, experts=experts, dense_ok=True, trust_remote_code=trust_remote_code)
     else:
         opened, streamed = open_streamed(model, dtype, trust_remote_code=trust_remote_code, **streams)
-    loaded, tokenizer, source = opened
+    loaded, tokenizer, source = opened.model, opened.tokenizer, opened.source
     dtype_name = str(next(loaded.parameters()).dtype).removeprefix("torch.")
     quantized = None
     if quantize is not None:
@@ -156,6 +156,7 @@ def _quantize(
         "experts_by_bits": {str(bits): widths.count(bits) for bits in sorted(set(widths), reverse=True)},
         "expert_bytes": made.nbytes,
         "expert_bytes_before": made.stored_bytes,
+        "linear": made.linears,
     }
 
 

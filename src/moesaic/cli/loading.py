@@ -13,6 +13,8 @@ class Opened(NamedTuple):
     tokenizer: Any
     source: str | Path
     """The folder it came from, or its hub id."""
+    rounding: Any = None
+    """What was rounded while loading (serving/rounding.py)."""
 
 
 def quiet_transformers() -> None:
@@ -24,9 +26,13 @@ def quiet_transformers() -> None:
 
 
 def open_model(
-    name: str, dtype: str, *, experts: str = "moesaic", dense_ok: bool = False, trust_remote_code: bool = False
-) -> Opened:
-    """Model and tokenizer of a folder, a hub id or `bundled`. Raises BadInput, or NotMoE unless `dense_ok`."""
+    name: str, dtype: str, *, experts: str = "moesaic", dense_ok: bool = False, trust_remote_code: bool = False,
+    quantize: str | None = None,
+) -> Opened:  # fmt: skip
+    """Model and tokenizer of a folder, a hub id or `bundled`. Raises BadInput, or NotMoE unless `dense_ok`.
+
+    `quantize`: a recipe of view/quantize.py that needs no importance.
+    """
     if any(c.isspace() for c in name) and not Path(name).exists():
         raise BadInput(f'no model {name!r}; MODEL comes before the prompt: moesaic run bundled "{name}"')
     quiet_transformers()
@@ -40,9 +46,20 @@ def open_model(
         raise NotMoE(f"{name} is not a Mixture-of-Experts model ({error}): pass --dense-ok to run it anyway") from error
     if tokenizer is None:
         raise BadInput(f"{name} has no tokenizer: put its tokenizer files beside config.json")
+    rounding = None
+    if quantize is not None:
+        from moesaic.serving.rounding import rounding_in_memory
+        from moesaic.view.quantize import parse, quantize_model
+
+        recipe = parse(quantize)
+        if recipe.mixed:
+            raise BadInput(
+                f"--quantize {quantize}: mixed widths take an importance: `moesaic pack --bits`, and run that folder"
+            )
+        rounding = rounding_in_memory(quantize_model(model, recipe), recipe)
     if experts == "moesaic":  # not when transformers' own code is asked for
         quicken(model)
-    return Opened(model, tokenizer, source)
+    return Opened(model, tokenizer, source, rounding)
 
 
 def open_streamed(name: str, dtype: str, *, trust_remote_code: bool = False, **how: Any) -> tuple[Opened, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -34,6 +34,10 @@ TierDevice = Annotated[
 DeviceMemory = Annotated[str | None, typer.Option(help="Bytes of experts on --device, such as 8GiB; all else adds.")]
 DevicePolicy = Annotated[str, typer.Option(help="Which experts --device keeps, and whether the host computes the others.")]
 
+Quantize = Annotated[
+    str | None, typer.Option(help="Round while loading: int8, int4, int2, int4:group=32; the linear layers too: int4:linear=4.")
+]
+
 PrefetchBytes = Annotated[
     str | None, typer.Option(help="What a policy that guesses may read ahead in one pass; default: one token's experts.")
 ]
@@ -53,6 +57,14 @@ def check_text(data: str, max_bytes: int | None, batch_size: int | None, threads
             raise BadInput(f"{option} {value}: must be at least 1")
     if not data and not optional:
         raise BadInput("--data is missing: name a text file, a file of {text, domain} JSON lines, or a folder of them")
+
+
+def check_quantize(quantize: str | None, experts: str, streams: dict[str, Any] | None) -> None:
+    """Raises BadInput where rounding while loading does not go with the rest."""
+    if quantize is not None and streams is not None:
+        raise BadInput(f"--quantize {quantize} needs all experts in memory: stream a copy that `moesaic pack --bits` wrote")
+    if quantize is not None and experts != "moesaic":
+        raise BadInput(f"--quantize {quantize} runs on moesaic's kernels: leave --experts {experts} out")
 
 
 def use_threads(threads: int | None) -> None:

@@ -34,6 +34,7 @@ def run(
     seed: Annotated[int, typer.Option(help="Same seed, same text.")] = 0,
     dtype: options.Dtype = "auto",
     experts: options.Experts = "moesaic",
+    quantize: options.Quantize = None,
     memory: options.Memory = None,
     resident: options.Resident = None,
     policy: options.StreamPolicy = "lru",
@@ -71,6 +72,7 @@ def run(
         raise BadInput(f"--tune chooses the policy of host memory: leave --device {device} out, then give it")
     if tune and policy != "lru":
         raise BadInput(f"--tune chooses the policy: leave --policy {policy} out")
+    options.check_quantize(quantize, experts, streams)
     text = None if interactive and prompt is None and prompt_file is None else _prompt(prompt, prompt_file)
     target = None if no_page else page
     if target is not None:
@@ -91,7 +93,9 @@ def run(
             raise BadInput("--tune reads a text: give a prompt, or --data FILE")
         streams, found = tuned(model, dtype, streams, out, text, data, trust_remote_code)
     if streams is None:
-        opened = open_model(model, dtype, experts=experts, dense_ok=dense_ok, trust_remote_code=trust_remote_code)
+        opened = open_model(
+            model, dtype, experts=experts, dense_ok=dense_ok, trust_remote_code=trust_remote_code, quantize=quantize
+        )
     else:
         opened, streamed = open_streamed(model, dtype, trust_remote_code=trust_remote_code, **streams)
     live = session.Session(model, opened, sampling, out, None if json else sys.stdout, threads, streamed)

@@ -41,7 +41,7 @@ class Session:
         self.name, self.model, self.tokenizer = name, opened.model, opened.tokenizer
         self.sampling, self.out, self.stream = sampling, out, stream
         allow_packing(opened.model)
-        self.facts = describe(opened.model, opened.source)
+        self.facts = describe(opened.model, opened.source, opened.rounding)
         self.facts["threads"], self.why_threads = choose_threads(self.facts, threads)
         try:
             self.recorder: Recorder | None = Recorder(view(opened.model))
@@ -50,7 +50,7 @@ class Session:
         self.streamed = streamed
         self.lossy = None if streamed is None or streamed.engine.exact else streamed.engine.lossy
         self.facts["exact"] = self.facts["exact"] and self.lossy is None
-        self.rounding = rounding_of(opened.source)
+        self.rounding = opened.rounding or rounding_of(opened.source)
         self.loss: dict[str, Any] = {}
         self.tuned: dict[str, Any] | None = None
         self.verified: dict[str, bool] | None = None

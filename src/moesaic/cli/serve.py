@@ -53,6 +53,7 @@ def serve(
     ] = "auto",
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; default: where the weights load.")] = None,
     experts: options.Experts = "moesaic",
+    quantize: options.Quantize = None,
     memory: options.Memory = None,
     resident: options.Resident = None,
     policy: options.StreamPolicy = "lru",
@@ -82,7 +83,8 @@ def serve(
 
         one = {"MODEL": model != "bundled", "--name": bool(name), "--resident": resident is not None, "--tune": tune,
                "--data": data is not None, "--lossy": lossy is not None, "--prefetch-bytes": prefetch_bytes is not None,
-               "--page-cache": page_cache != "direct", "--device": device not in (None, "cpu")}  # fmt: skip
+               "--page-cache": page_cache != "direct", "--device": device not in (None, "cpu"),
+               "--quantize": quantize is not None}  # fmt: skip
         folders, budget = several.named(models), several.budget_of(memory, one)
     elif pin:
         raise BadInput("--pin keeps one of several models in memory: give --models with it")
@@ -90,6 +92,9 @@ def serve(
         memory, resident, policy, page_cache, experts, {"--tune": tune, "--data": data is not None}, lossy=lossy,
         prefetch_bytes=prefetch_bytes,
     )  # fmt: skip
+    options.check_quantize(quantize, experts, streams)
+    if quantize is not None and device not in (None, "cpu"):
+        raise BadInput(f"--quantize {quantize} computes on the CPU: leave --device {device} out")
     if tune != (data is not None) or (tune and policy != "lru"):
         raise BadInput("--tune chooses the policy for the text of --data FILE: give both, and no --policy")
     if streams is not None and device not in (None, "cpu"):
@@ -119,10 +124,12 @@ def serve(
     if streams is not None:
         opened, streamed = open_streamed(model, dtype, trust_remote_code=trust_remote_code, **streams)
     else:
-        opened = open_model(model, dtype, experts=experts, dense_ok=dense_ok, trust_remote_code=trust_remote_code)
+        opened = open_model(
+            model, dtype, experts=experts, dense_ok=dense_ok, trust_remote_code=trust_remote_code, quantize=quantize
+        )
         if device is not None:
             opened.model.to(_device(device))
-    if dtype == "auto" and streams is None:
+    if dtype == "auto" and streams is None and quantize is None:
         from moesaic.serving.describe import widen
 
         widen(opened.model)
@@ -130,6 +137,7 @@ def serve(
         opened.model,
         opened.tokenizer,
         source=opened.source,
+        rounding=opened.rounding,
         names=name or [Path(str(opened.source)).name if model != "bundled" else model],
         bound=bound,
         keys=keys,
@@ -151,6 +159,7 @@ def run(
     bound: Any,
     keys: list[str],
     engine: dict[str, Any],
+    rounding: Any = None,
     streamed: Any = None,
     threads: int | None,
     max_body: int,
@@ -173,7 +182,7 @@ def run(
 
     if streamed is None:
         allow_packing(model)
-    facts, rounding = describe(model, source), rounding_of(source)
+    facts, rounding = describe(model, source, rounding), rounding or rounding_of(source)
     if streamed is not None and streamed.engine.lossy is not None:
         mode = streamed.engine.lossy
         facts["exact"] = facts["exact"] and streamed.engine.exact

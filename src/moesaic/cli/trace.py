@@ -54,7 +54,8 @@ def trace(
 
     documents = select(read_documents(data), max_bytes, seed)
     options.use_threads(threads)
-    loaded, tokenizer, _ = open_model(model, dtype, trust_remote_code=trust_remote_code)
+    opened = open_model(model, dtype, trust_remote_code=trust_remote_code)
+    loaded, tokenizer = opened.model, opened.tokenizer
     length = corpus.context_of(loaded.config, context)
     found = list(corpus.pieces(documents, tokenizer, length))
     if not found:

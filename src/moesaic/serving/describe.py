@@ -10,17 +10,17 @@ import torch
 from torch import nn
 
 from moesaic.core.errors import NotMoE
-from moesaic.serving.rounding import rounding_of
+from moesaic.serving.rounding import Rounding, rounding_of
 
 SMALL = 64_000_000
 """Active bytes per token below which one thread decodes fastest."""
 
 
-def describe(model: Any, source: Any = None) -> dict[str, Any]:
+def describe(model: Any, source: Any = None, rounding: Rounding | None = None) -> dict[str, Any]:
     """The facts that `moesaic run` prints before its first token; a dense model has no layers of experts.
 
-    `exact`: whether the weights are those of the checkpoint, which rounded experts of a packed folder (`rounding`) are not.
-    `total_bytes`: as stored there.
+    `exact`: whether the weights are those of the checkpoint, which rounded experts are not, of a packed folder or rounded
+    while loading (`rounding`). `total_bytes`: as stored there.
     """
     from moesaic.view import view
 
@@ -44,11 +44,16 @@ def describe(model: Any, source: Any = None) -> dict[str, Any]:
     facts.update({k: v for k, v in blocks.summary().items() if k in ("layers", "experts", "top_k", "expert_bytes")})
     facts["active_parameters"] = _active(facts["parameters"], blocks)
     facts["kernels"] = _kernels(model, blocks[0])
-    rounding = rounding_of(source)
+    packed = rounding_of(source)
+    if packed is not None:
+        facts["total_bytes"] += packed.expert_bytes - _matrix_bytes(model)
+    rounding = rounding or packed
+    if any(hasattr(module, "stored") for module in model.modules()) and model.config.get_text_config().tie_word_embeddings:
+        facts["total_bytes"] -= model.get_output_embeddings().weight.nbytes  # its matrix was the embeddings'
     if rounding is not None:
         facts["exact"], facts["rounding"] = False, rounding.row()
-        facts["total_bytes"] += rounding.expert_bytes - _matrix_bytes(model)
         facts["expert_bytes"] = rounding.expert_bytes
+        facts["resident_bytes"] += sum(module.stored.nbytes for module in model.modules() if hasattr(module, "stored"))
         facts["resident_bytes"] += sum(_record_bytes(block.experts) for block in blocks)
     return facts
 
@@ -109,8 +114,11 @@ def _kernels(model: Any, block: Any) -> list[dict[str, str]]:
     name = getattr(model.config.get_text_config(), "_experts_implementation", None) or "eager"
     if name != "moesaic":
         return [{"backend": name, "reason": "transformers' own, as asked with --experts"}]
-    from moesaic.kernels import Weights, choose
-    from moesaic.view.implementation import form_of
+    from moesaic.kernels import QuantizedBank, Weights, choose
+    from moesaic.view.implementation import STREAMED, form_of
+
+    if isinstance(getattr(getattr(block.experts, STREAMED, None), "bank", None), QuantizedBank):
+        return [{"backend": "cpu", "reason": "experts in few bits, computed from their codes"}]
 
     experts = block.experts
     up = experts.gate_up_proj if experts.has_gate else experts.up_proj
