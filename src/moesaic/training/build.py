@@ -70,8 +70,6 @@ def build_model(config: TrainConfig, tokenizer: Any) -> Any:
         if "experts" in str(error).lower():
             raise BadInput(f"experts_implementation: {_line(error)}") from error
         raise BadInput(f"model: {_line(error)}") from error
-    if not getattr(model.config, "causal", True):
-        raise BadInput("model.causal: false: this command trains models that predict the next token")
     try:
         _set_attention(model, config)
     except (ValueError, KeyError, ImportError) as error:
@@ -100,6 +98,8 @@ def _model_config(config: TrainConfig, tokenizer: Any) -> Any:
     if fields.get("vocab_size", len(tokenizer)) < len(tokenizer):
         raise BadInput(f"model.vocab_size: {fields['vocab_size']} is less than the tokenizer's {len(tokenizer)}")
     given = {"vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id, "bos_token_id": None, **fields}
+    if fields.get("causal") is False and hasattr(known, "mask_token_id"):  # guesses hidden tokens: one more hides them
+        given = {"mask_token_id": len(tokenizer), **given, "vocab_size": fields.get("vocab_size", len(tokenizer) + 1)}
     if config.balance and hasattr(known, "balance"):  # a model that balances by itself
         if fields.get("balance"):
             raise BadInput("balance and model.balance: give one of them")

@@ -80,10 +80,15 @@ class TrainConfig(BaseModel):
         for change in sets:
             _set(raw, change)
         raw.update(overrides)
+        return cls.of(raw, path)
+
+    @classmethod
+    def of(cls, raw: dict[str, Any], where: Any) -> TrainConfig:
+        """Check the fields of a recipe. Raises BadInput naming `where` and every wrong field."""
         try:
             return cls(**raw)
         except (ValidationError, TypeError) as error:
-            raise BadInput(f"{path}: {_problems(cls, error)}") from error
+            raise BadInput(f"{where}: {_problems(cls, error)}") from error
 
 
 def _set(raw: dict[str, Any], change: str) -> None:
@@ -94,13 +99,18 @@ def _set(raw: dict[str, Any], change: str) -> None:
         parsed = yaml.safe_load(value)
     except yaml.YAMLError as error:
         raise BadInput(f"--set {change}: the value is not YAML") from error
-    *path, last = key.strip().split(".")
+    set_field(raw, key.strip(), _number(parsed), f"--set {change}")
+
+
+def set_field(raw: dict[str, Any], key: str, value: Any, where: str = "") -> None:
+    """Change the field of a dotted name in place, making mappings on the way. Raises BadInput where one is something else."""
+    *path, last = key.split(".")
     for name in path:
         inner = raw.setdefault(name, {})
         if not isinstance(inner, dict):
-            raise BadInput(f"--set {change}: {name} is not a mapping")
+            raise BadInput(f"{where or key}: {name} is not a mapping")
         raw = inner
-    raw[last] = _number(parsed)
+    raw[last] = value
 
 
 def _number(value: Any) -> Any:

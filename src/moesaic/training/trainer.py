@@ -18,6 +18,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from moesaic.core.errors import BadInput
+from moesaic.models.language.loss import IGNORED, hide
 from moesaic.training import build, checkpoint
 from moesaic.training.balance import balance_of, load_facts
 from moesaic.training.config import TrainConfig, learning_rate
@@ -52,7 +53,8 @@ class Trainer:
         self.train_data = build.build_data(config, "data", self.tokenizer, self.out)
         self.valid_data = build.build_data(config, "valid", self.tokenizer, self.out) if config.valid else None
         self.model = build.build_model(config, self.tokenizer)
-        self.head = plain_head(self.model)
+        self.masked = getattr(self.model.config, "causal", True) is False
+        self.head = None if self.masked else plain_head(self.model)
         self.balance = balance_of(self.model, config.balance, config.balance_scope)
         self.optimizer = build.build_optimizer(config, self.model)
         self.resumed_from: Path | None = None
@@ -72,6 +74,8 @@ class Trainer:
             if self.config.consistency and self.model.training:
                 both, agreement = two_forwards(lambda: self._cross_entropy(inputs, targets), alpha=0.0)
                 cross_entropy = both / 2
+            elif self.masked:
+                cross_entropy = self._hidden_tokens(inputs)
             elif self.head:
                 decoder, head = self.head
                 hidden_TD = decoder(input_ids=inputs, use_cache=False).last_hidden_state.flatten(0, 1)
@@ -89,6 +93,12 @@ class Trainer:
         """Mean cross-entropy of a forward that keeps its logits, and those."""
         logits = self.model(input_ids=inputs, use_cache=False).logits
         return nn.functional.cross_entropy(logits.float().flatten(0, 1), targets), logits
+
+    def _hidden_tokens(self, inputs: Tensor) -> Tensor:
+        """Mean cross-entropy of a masked model on the tokens that are hidden at its step."""
+        hidden, labels = hide(inputs, inputs, None, int(self.model.model.step), self.model.config.mask_token_id)
+        logits = self.model(input_ids=hidden, use_cache=False).logits
+        return nn.functional.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORED)
 
     def step(self, step: int) -> dict[str, Any]:
         """One optimiser step; its data, rate and result depend on (config, step) and the weights alone."""
