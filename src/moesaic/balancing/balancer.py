@@ -38,6 +38,8 @@ class Balancer:
     """
 
     coefficient: float = 0.0
+    output_tokens: int = 0
+    """On how many of the layer's tokens the loss wants the outputs of all experts, in `routing.aux["outputs_END"]`."""
 
     def bind(self, router: nn.Module) -> Balancer:
         """Meet the router of the layer: a controller keeps it, a loss may read its shape."""

@@ -60,6 +60,10 @@ REDUCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "entropy": lambda a: entropy(a.clamp(min=0)),
 }
 
+FUNCTIONS: dict[str, Callable[..., Tensor]] = {}
+for _group in (OPERATORS, BINARY, UNARY, REDUCTIONS):
+    FUNCTIONS.update(_group)
+
 
 @dataclass(frozen=True)
 class Node:
@@ -188,7 +192,6 @@ def evaluate(tree: Node, f_E: Tensor, p_E: Tensor, k: float) -> Tensor:
         if node.op in names:
             return names[node.op]()
         args = [value(arg) for arg in node.args]
-        function: Callable[..., Tensor] = {**OPERATORS, **BINARY, **UNARY, **REDUCTIONS}[node.op]
-        return function(*args).clamp(-1e12, 1e12)
+        return FUNCTIONS[node.op](*args).clamp(-1e12, 1e12)
 
     return value(tree)

@@ -10,6 +10,8 @@ COMMANDS = {
     "serve": "an OpenAI-compatible server with a live page",
     "eval": "bits per byte and perplexity per domain",
     "train": "train a model from a config file",
+    "search-loss": "evolve balance losses by short training runs",
+    "retrofit": "put another router into a trained model, and fine-tune it",
     "view": "list a model's experts; --coverage checks every architecture",
     "trace": "record which experts every token of a text chooses",
     "analyze": "statistics of a routing trace: load, locality, specialisation",
@@ -21,7 +23,7 @@ COMMANDS = {
     "bench": "measure against peers and the floor",
     "systems": "every method, its paper and its state",
 }
-"""Command -> one line of help. `moesaic NAME` runs `app` of `moesaic.cli.NAME`."""
+"""Command -> one line of help. `moesaic NAME` runs `app` of `moesaic.cli.NAME`, dashes as underscores."""
 
 
 def usage() -> str:
@@ -50,4 +52,4 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(2)
     from moesaic.cli.common import invoke
 
-    invoke(importlib.import_module(f"moesaic.cli.{argv[0]}").app, argv)
+    invoke(importlib.import_module(f"moesaic.cli.{argv[0].replace('-', '_')}").app, argv)

@@ -94,7 +94,7 @@ class MoE(Layer):
             ctx = ctx.replace(activations=partial(self.bank.activations, memo=ctx.memo))
         routing = self.router(x_TD, ctx)
         if ctx.training and self.balancers:
-            routing = self._balance(routing, ctx)
+            routing = self._balance(self._with_outputs(x_TD, routing, ctx), ctx)
         y_TD = self._run(x_TD, routing, ctx)
         if self.shared is not None:
             y_TD = y_TD + self.shared(x_TD)
@@ -115,6 +115,21 @@ class MoE(Layer):
         ones_T = torch.ones_like(x_TD[:, 0])
         tokens_T = torch.arange(x_TD.shape[0], device=x_TD.device)
         return merged.run(x_TD, Dispatch.sort(tokens_T, routing.group_T, ones_T, len(merged), x_TD.shape[0]))
+
+    def _with_outputs(self, x_TD: Tensor, routing: Routing, ctx: RoutingContext) -> Routing:
+        """The routing with the outputs of all experts on a sample of real tokens, for the losses that compare experts.
+
+        The sample is drawn from torch's own stream, which recomputation replays.
+        """
+        wanted = max(balancer.output_tokens for balancer in self.balancers.values())
+        if not wanted:
+            return routing
+        real_T = torch.arange(len(x_TD), device=x_TD.device) if ctx.mask is None else torch.nonzero(ctx.mask).flatten()
+        sample_ND = x_TD[real_T[torch.randperm(len(real_T), device=x_TD.device)[:wanted]]]
+        rows, experts = len(sample_ND), self.bank.num_experts
+        offsets_E1 = torch.arange(experts + 1, device=x_TD.device) * rows
+        y_SD = self.bank(sample_ND.repeat(experts, 1), offsets_E1)
+        return routing.replace(aux={**routing.aux, "outputs_END": y_SD.view(experts, rows, -1)})
 
     def _balance(self, routing: Routing, ctx: RoutingContext, visit: int = 0) -> Routing:
         """The routing with its weighted losses. `visit` numbers the routings of a layer that routes several times."""

@@ -154,7 +154,10 @@ def _build(entry: Entry, name: str, value: Any, block: Any) -> Balancer:
     if not isinstance(value, dict):
         value = {"coefficient" if "coefficient" in entry.parameters else next(iter(entry.parameters)): value}
     try:
-        return entry.build(**value).bind(block.router)
+        balancer = entry.build(**value).bind(block.router)
+        if balancer.output_tokens:
+            raise BadInput("it compares the outputs of all experts, which only moesaic's own layers show")
+        return balancer
     except (MoesaicError, TypeError, ValueError) as error:
         raise BadInput(f"balance.{name}: {error}") from error
 
