@@ -24,6 +24,7 @@ _LAZY = {
     "trace": "moesaic.trace",
     "calibrate": "moesaic.trace.calibration",
     "quantize_model": "moesaic.view.quantize",
+    "retrofit": "moesaic.surgery.retrofit",
     "open_trace": "moesaic.trace",
 }
 

@@ -19,11 +19,14 @@ from typing import Any
 CONFIGS = "transformers.models.auto.configuration_auto"
 MODELS = "transformers.models.auto.modeling_auto"
 LANGUAGE = "moesaic.models.language"
+HOSTED = "moesaic.models.hosted"
 
 
 def _register_config() -> None:
     config = importlib.import_module(f"{LANGUAGE}.config").MoesaicConfig
-    sys.modules[CONFIGS].AutoConfig.register(config.model_type, config, exist_ok=True)
+    retrofitted = importlib.import_module(f"{HOSTED}.classes").RetrofittedConfig
+    for known in (config, retrofitted):
+        sys.modules[CONFIGS].AutoConfig.register(known.model_type, known, exist_ok=True)
 
 
 def _register_model() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from moesaic.core.context import RoutingContext
@@ -28,12 +27,6 @@ class AdaMoE(Router):
         super().__init__(experts + nulls, k)
         self.true_experts, self.nulls = experts, nulls
         self.score = LinearScore(dim, experts + nulls)
-
-    @torch.no_grad()
-    def extend(self, weight_ED: Tensor) -> None:
-        """Retrofit: true rows from a trained router, null rows at their mean, so that no slot turns null at once."""
-        assert isinstance(self.score, LinearScore)
-        self.score.weight.copy_(torch.cat([weight_ED, weight_ED.mean(0, keepdim=True).expand(self.nulls, -1)]))
 
     def forward(self, x_TD: Tensor, ctx: RoutingContext) -> Routing:
         logits_TE = self.score(x_TD, ctx)

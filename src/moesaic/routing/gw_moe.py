@@ -46,6 +46,9 @@ class GWMoE(Router):
         self.slots, self.renormalise = slots, renormalise
         self.score = LinearScore(dim, experts)
 
+    def as_top_k(self) -> tuple[Tensor, bool] | None:
+        return self.score.weight, self.renormalise
+
     def forward(self, x_TD: Tensor, ctx: RoutingContext) -> Routing:
         logits_TE = self.score(x_TD, ctx)
         probs_TE = logits_TE.softmax(-1)

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from moesaic.core.context import RoutingContext
 from moesaic.core.errors import BadInput
 from moesaic.core.routing import Routing
+from moesaic.routing.score import LinearScore
 
 Score = Callable[[Tensor, RoutingContext], Tensor]
 Select = Callable[[Tensor, RoutingContext], Tensor]
@@ -70,6 +72,25 @@ class Router(nn.Module):
     def sweep_flops(self) -> float:
         """FLOPs per token of an iterative solver's elementwise sweeps; a part of flops_per_token. 0 without a solver."""
         return 0.0
+
+    @torch.no_grad()
+    def extend(self, weight_ED: Tensor) -> bool:
+        """Retrofit: start from a trained linear router's rows [E, D]; rows beyond E start at their mean, so that no slot
+        goes to them at once. False for a router that scores by other means: it starts as it was built."""
+        linear = getattr(getattr(self, "score", None), "score", getattr(self, "score", None))
+        weight = getattr(linear, "weight", None)
+        if type(linear) is not LinearScore or not isinstance(weight, Tensor) or weight.shape[1] != weight_ED.shape[1]:
+            return False
+        extra = len(weight) - len(weight_ED)
+        if extra < 0:
+            return False
+        weight.copy_(torch.cat([weight_ED.float(), weight_ED.float().mean(0, keepdim=True).expand(extra, -1)]))
+        return True
+
+    def as_top_k(self) -> tuple[Tensor, bool] | None:
+        """Rows [E, D], and whether weights are divided by their sum, where evaluation is a plain softmax top-k of this `k`;
+        else None. Such a router leaves a checkpoint that stock transformers loads."""
+        return None
 
     def probs(self, logits_TE: Tensor, ctx: RoutingContext) -> Tensor:
         """What load losses call probability; softmax unless a router says otherwise."""

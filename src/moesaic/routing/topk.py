@@ -85,6 +85,14 @@ class TopK(Router):
             scores_TE = keep_best_groups(scores_TE, self.groups, self.keep_groups, self.group_score)
         return top_k(scores_TE, self.k_now(ctx))
 
+    def as_top_k(self) -> tuple[Tensor, bool] | None:
+        linear = self.score.score if isinstance(self.score, NoisyScore) else self.score
+        plain = self.convention != "sigmoid" and self.scale == 1 and self.keep_groups == self.groups
+        if not plain or self.follow_k is not None or self.eval_capacity_factor is not None or bool(self.bias_E.any()):
+            return None
+        assert isinstance(linear, LinearScore)
+        return linear.weight, self.convention != "softmax"
+
     def k_now(self, ctx: RoutingContext) -> int:
         """Experts per token at this step and in this layer; `k` is their maximum."""
         return self.k if self.follow_k is None else self.follow_k.whole(ctx)

@@ -1,0 +1,1 @@
+"""Surgery: from one model to another without training it anew."""
