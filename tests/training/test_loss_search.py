@@ -82,7 +82,7 @@ def test_novelty_is_about_what_a_loss_does():
 
 
 def test_the_search_improves_never_loses_its_best_and_goes_on_exactly(tmp_path):
-    settings = Settings(generations=25, migrate_every=3)
+    settings = Settings(generations=12, migrate_every=2)
     bests = []
     whole = LossSearch(strength, tmp_path / "whole", [SEED], settings)
     whole.run(lambda search: bests.append(search.best.fitness) if search.candidates else None)

@@ -41,9 +41,9 @@ class ExpertDecorrelation(Balancer):
 
     A use of the paper's correlations for diversity among experts, not its objective (that is `barlow_twins`). The layer
     runs all experts on a random sample of its tokens and leaves Y in `routing.aux["outputs_END"]` (training only; 0
-    without it): extra work of E * N pairs. Gates are not in Y. Y is projected to `width` features by a fixed random matrix and standardised
-    over the sample; N must exceed `width`, or everything correlates. Identical experts give at least 1 / width per pair,
-    independent ones about 1 / N.
+    without it): extra work of E * N pairs. Gates are not in Y. Y is projected to `width` features by a fixed random
+    matrix and standardised over the sample; N must exceed `width`, or everything correlates. Identical experts give at
+    least 1 / width per pair, independent ones about 1 / N.
     """
 
     def __init__(self, coefficient: float = 1e-3, output_tokens: int = 256, width: int = 64):

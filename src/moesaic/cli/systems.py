@@ -51,6 +51,7 @@ GPU = {
     "policies": "NumPy, on the CPU",
     "lossy": "streaming is on the CPU",
     "schedules": "plain Python",
+    "orchestration": "NumPy, on the CPU",
 }
 """What holds for a whole family that says nothing by method."""
 TESTED = {
@@ -63,6 +64,7 @@ TESTED = {
     "lossy": "tests/serving/test_lossy.py",
     "policies": "tests/trace/policies, tests/matrix/test_policies.py",
     "statistics": "tests/trace/statistics, tests/cli/test_analyze.py",
+    "orchestration": "tests/orchestration",
 }
 
 

@@ -27,6 +27,7 @@ FAMILIES = {
     "policies": "moesaic.trace.policies",
     "lossy": "moesaic.serving.streamed.lossy",
     "statistics": "moesaic.trace.statistics",
+    "orchestration": "moesaic.orchestration",
 }
 """Family name -> package whose modules may register methods. A new family is one line here."""
 

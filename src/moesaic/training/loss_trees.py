@@ -107,7 +107,7 @@ def propose(tree: Node, others: Sequence[Node], rng: random.Random, tries: int =
     return Node("*", (number(float(f"{math.exp(rng.gauss(0, 0.7)):.3g}")), tree)), "scaled"
 
 
-def behaviour(tree: Node, probes: int = 24, experts: int = 8) -> Tensor:
+def behaviour(tree: Node, probes: int = 12, experts: int = 8) -> Tensor:
     """What the loss does to a router: its gradients to P on fixed random loads, without their means, [probes, E].
 
     A softmax does not feel a push on all experts alike, so a constant per load is taken out.
@@ -115,7 +115,7 @@ def behaviour(tree: Node, probes: int = 24, experts: int = 8) -> Tensor:
     generator = torch.Generator().manual_seed(17)
     rows = []
     for i in range(probes):
-        f_E, p_E = (torch.softmax(torch.randn(experts, generator=generator) * (0.3 + i / 8), 0) for _ in range(2))
+        f_E, p_E = (torch.softmax(torch.randn(experts, generator=generator) * (0.3 + i / 4), 0) for _ in range(2))
         leaf = p_E.clone().requires_grad_()
         value = evaluate(tree, f_E * (f_E > 0.03), leaf, 2.0)
         grad_E = torch.autograd.grad(value, leaf, allow_unused=True)[0] if value.requires_grad else None

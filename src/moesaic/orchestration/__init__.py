@@ -1,0 +1,1 @@
+"""Routing between whole models: score, select and weigh, one floor up."""
