@@ -112,6 +112,7 @@ def become(model: Any, retrofit: dict[str, Any]) -> None:
     made = config_class(own)
     config.base_model_type = config.model_type
     config.__class__ = made
+    config.__dict__.pop("model_type", None)  # what was read from a file hides the class's own
     config.retrofit = retrofit
     model.__class__ = model_class(cast(Any, type(model)), made)
     model.__dict__.pop("_weight_conversions", None)  # of the checkpoint it came from; this class keeps experts stacked
