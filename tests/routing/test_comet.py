@@ -14,7 +14,7 @@ from moesaic.core.context import RoutingContext
 from moesaic.core.errors import BadInput, MissingNeed
 from moesaic.layers.moe import MoE
 from moesaic.routing.comet import Comet
-from moesaic.routing.dselect_k import DSelectK
+from moesaic.routing.dselect_k import DSelectK, codes
 from moesaic.routing.permutation import Permutation, doubly_stochastic, hungarian
 from moesaic.routing.smooth_step import smooth_step
 
@@ -195,3 +195,45 @@ def test_what_cannot_be_is_refused():
     with pytest.raises(MissingNeed, match="step"):
         MoE(16, 4, "comet", host=set())
     assert MoE(16, 4, "comet", host=set(), router_options={"search": 0})
+
+
+@pytest.mark.parametrize("bits", [1, 3, 6])
+def test_codes_by_doubling_equal_the_product_over_bits(bits):
+    """Twin: each code's product over its bits, written out; values and gradients, saturated bits included."""
+    on_TKm = torch.rand(5, 2, bits, dtype=torch.double)
+    on_TKm[0, 0, 0], on_TKm[1, 1, -1] = 0.0, 1.0
+    on_TKm.requires_grad_()
+    code_Em = (torch.arange(2**bits).unsqueeze(1) >> torch.arange(bits) & 1).bool()
+    want = torch.where(code_Em, on_TKm.unsqueeze(2), 1 - on_TKm.unsqueeze(2)).prod(-1)
+    got = codes(on_TKm)
+    torch.testing.assert_close(got, want)
+    cotangent = torch.randn_like(want)
+    torch.testing.assert_close(*(torch.autograd.grad(y, on_TKm, cotangent)[0] for y in (got, want)))
+
+
+@pytest.mark.parametrize("experts", [1, 2, 3, 5, 8, 13])
+def test_paths_equal_a_walk_down_each_heap(experts):
+    """Twin: leaf by leaf, the product of its turns on the way up to the root."""
+    router = Comet(6, experts, k=1, search=0)
+    x_TD = torch.randn(4, 6)
+    with torch.no_grad():
+        router.split_weight.mul_(100)
+        left_Ts = smooth_step(x_TD @ router.split_weight.T + router.split_bias, router.gamma)
+        got = router.paths(x_TD)[:, 0]
+    for leaf in range(experts):
+        node, want_T = leaf + experts - 1, torch.ones(4)
+        while node:
+            above = (node - 1) // 2
+            want_T = want_T * (left_Ts[:, above] if node % 2 else 1 - left_Ts[:, above])
+            node = above
+        torch.testing.assert_close(got[:, leaf], want_T)
+
+
+def test_one_permutation_for_all_trees_mixes_their_sum():
+    router = Comet(6, 5, k=3, search=10)
+    ctx = RoutingContext(mode="train", step=2)
+    x_TD = torch.randn(7, 6)
+    fast = router(x_TD, ctx)
+    permutation_REE = router.permutation(ctx).expand(3, -1, -1)
+    router.permutation.forward = lambda ctx: permutation_REE  # the twin: tree by tree
+    torch.testing.assert_close(fast.probs_TE, router(x_TD, ctx).probs_TE)

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from moesaic.cli import bench_gpu, bench_models
+from moesaic.cli import bench_gpu, bench_models, bench_routing
 from moesaic.cli.bench_common import figures, measured, show_notes, words
 from moesaic.cli.common import Debug, Json, console, emit, keep, progress_console
 
@@ -18,6 +18,7 @@ app.command("decode")(bench_models.decode)
 app.command("stream")(bench_models.stream)
 app.command("stream-gpu")(bench_gpu.stream_gpu)
 app.command("soak")(bench_models.soak)
+app.command("routing")(bench_routing.routing)
 
 
 @app.command("layer")

@@ -34,9 +34,6 @@ class DSelectK(Router):
         width = (dim,) if per_example else ()
         self.bit_weight = nn.Parameter(torch.empty(k * self.bits, *width).uniform_(-gamma / 100, gamma / 100))
         self.mix_weight = nn.Parameter(torch.empty(k, *width).uniform_(-0.05, 0.05))
-        self.code_Em: Tensor
-        code_Em = torch.arange(experts).unsqueeze(1) >> torch.arange(self.bits) & 1
-        self.register_buffer("code_Em", code_Em.bool())
 
     def forward(self, x_TD: Tensor, ctx: RoutingContext) -> Routing:
         tokens = x_TD.shape[0]
@@ -44,6 +41,17 @@ class DSelectK(Router):
             weights = self.bit_weight.float(), self.mix_weight.float()
             bits, mix = (linear(x_TD.float(), w) if self.per_example else w.expand(tokens, -1) for w in weights)
             on_TKm = smooth_step(bits.reshape(tokens, self.k, self.bits), self.gamma)
-            code_TKE = torch.where(self.code_Em, on_TKm.unsqueeze(2), 1 - on_TKm.unsqueeze(2)).prod(-1)
+            code_TKE = codes(on_TKm)[..., : self.num_experts]
             weights_TE = (mix.softmax(-1).unsqueeze(-1) * code_TKE).sum(1)
         return sparse_routing(weights_TE, weights_TE, ctx, code_TKE)
+
+
+def codes(on_TKm: Tensor) -> Tensor:
+    """The product over m bits of s or 1 - s for each of the 2^m binary codes, [T, K, 2^m]; bit j of a code weighs 2^j.
+
+    Each bit doubles what is there: two products per code in all, where a product over its bits would take m.
+    """
+    level = on_TKm.new_ones(*on_TKm.shape[:2], 1)
+    for s in on_TKm.split(1, 2):
+        level = torch.cat([level * (1 - s), level * s], 2)
+    return level
