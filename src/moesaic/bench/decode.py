@@ -18,6 +18,7 @@ from moesaic.bench.contestants.process import Contestant, has_llama_cpp, llama_c
 from moesaic.bench.runner import summary
 from moesaic.bench.token_stream import tokens
 from moesaic.core.errors import BadInput
+from moesaic.view.quantize import parse
 
 
 @dataclass
@@ -27,7 +28,8 @@ class Options:
     folder: Path
     size: str = "1.3b"
     peers: tuple[str, ...] = (
-        "moesaic", "moesaic int8", "moesaic int4", "grouped_mm", "eager", "llama.cpp BF16", "llama.cpp Q8_0", "llama.cpp Q4_0",
+        "moesaic", "moesaic int8:linear=8", "moesaic int4:linear=4", "moesaic int4", "grouped_mm", "eager",
+        "llama.cpp BF16", "llama.cpp Q8_0", "llama.cpp Q4_0",
     )  # fmt: skip
     threads: int = 2
     prompt: int = 256
@@ -64,9 +66,21 @@ def commands(options: Options, folder: Path, notes: list[str]) -> dict[str, list
     return found
 
 
-def bits_of(name: str) -> float:
-    """Bits per weight that a contestant reads: of Q4_0 4.5, of ours in int4 with its scales."""
-    return {"int8": 8.25, "int4": 4.25, "Q8_0": 8.5, "Q4_0": 4.5}.get(name.rpartition(" ")[2], 16.0)
+def active_bytes(name: str, size: generated.Size) -> float:
+    """Bytes that a contestant reads per token, scales included: of Q4_0 4.5 bits per weight, of our int4 4.25."""
+    form = name.rpartition(" ")[2]
+    experts = size.layers * size.slots * size.expert_weights
+    others = size.active_weights - experts
+    if form in LLAMA_BITS:
+        return (experts + others) * LLAMA_BITS[form] / 8
+    recipe = parse(form) if form.startswith("int") else None
+    if recipe is None:
+        return 2.0 * (experts + others)
+    scales = 16 / recipe.group_size
+    return (experts * (recipe.high + scales) + others * (16 if recipe.linear is None else recipe.linear + scales)) / 8
+
+
+LLAMA_BITS = {"Q8_0": 8.5, "Q4_0": 4.5}
 
 
 def run(options: Options, progress: Callable[[str], None] = lambda text: None) -> dict[str, Any]:
@@ -99,7 +113,7 @@ def run(options: Options, progress: Callable[[str], None] = lambda text: None) -
     read = machine.measure(quick=True)["read_bytes_per_second"]
     rows = []
     for name in prefills:
-        active = size.active_weights * bits_of(name) / 8
+        active = active_bytes(name, size)
         rows += [
             {"impl": name, "case": "prefill", "tokens": options.prompt,
              "tokens_per_second": options.prompt / median(prefills[name]), **summary(prefills[name])},
