@@ -51,6 +51,18 @@ def test_tune_chooses_a_policy_and_answers_stay_exact(tiny_moe, tmp_path):
         assert "overlap" not in live
 
 
+def test_experts_above_host_memory_answer_the_same(tiny_moe):
+    with served(tiny_moe) as facts:
+        expected = text_of(facts["url"])
+    tier = ("--device", "stand-in", "--device-memory", "64KiB")
+    for below in ((), ("--resident", 0.5)):
+        with served(tiny_moe, *tier, *below) as facts:
+            assert facts["exact"] is True
+            assert text_of(facts["url"]) == expected
+            live = httpx.get(f"{facts['url']}/stats").json()["streaming"]
+            assert live["accesses"] > 0
+
+
 def test_a_lossy_mode_is_labelled_and_its_overlap_is_live(tiny_moe):
     with served(tiny_moe, "--resident", 0.5, "--policy", "none", "--lossy", "skip:threshold=0.9") as facts:
         assert facts["exact"] is False

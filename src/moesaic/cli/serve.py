@@ -52,6 +52,10 @@ def serve(
         str, typer.Option(help="auto (as stored; float32 on a CPU with room), float32, bfloat16 or float16.")
     ] = "auto",
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; default: where the weights load.")] = None,
+    device_memory: Annotated[
+        str | None, typer.Option(help="Bytes of experts on --device, such as 8GiB; the others stay in host memory, or on disk.")
+    ] = None,
+    device_policy: options.DevicePolicy = "lru",
     experts: options.Experts = "moesaic",
     quantize: options.Quantize = None,
     memory: options.Memory = None,
@@ -84,21 +88,24 @@ def serve(
         one = {"MODEL": model != "bundled", "--name": bool(name), "--resident": resident is not None, "--tune": tune,
                "--data": data is not None, "--lossy": lossy is not None, "--prefetch-bytes": prefetch_bytes is not None,
                "--page-cache": page_cache != "direct", "--device": device not in (None, "cpu"),
-               "--quantize": quantize is not None}  # fmt: skip
+               "--quantize": quantize is not None, "--device-memory": device_memory is not None}  # fmt: skip
         folders, budget = several.named(models), several.budget_of(memory, one)
     elif pin:
         raise BadInput("--pin keeps one of several models in memory: give --models with it")
     streams = None if budget is not None else streaming(
         memory, resident, policy, page_cache, experts, {"--tune": tune, "--data": data is not None}, lossy=lossy,
-        prefetch_bytes=prefetch_bytes,
+        prefetch_bytes=prefetch_bytes, device=None if device_memory is None else device, device_memory=device_memory,
+        device_policy=device_policy,
     )  # fmt: skip
     options.check_quantize(quantize, experts, streams)
     if quantize is not None and device not in (None, "cpu"):
         raise BadInput(f"--quantize {quantize} computes on the CPU: leave --device {device} out")
     if tune != (data is not None) or (tune and policy != "lru"):
         raise BadInput("--tune chooses the policy for the text of --data FILE: give both, and no --policy")
-    if streams is not None and device not in (None, "cpu"):
-        raise BadInput(f"--device {device}: experts stream to the CPU only so far")
+    if streams is not None and device not in (None, "cpu") and device_memory is None:
+        raise BadInput(f"--device {device}: experts that stream to it need --device-memory, what they may take there")
+    if tune and device_memory is not None:
+        raise BadInput(f"--tune chooses the policy of host memory: leave --device {device} out, then give it")
     keys = _keys(api_key, api_key_file)
     from moesaic.serving import http
 
