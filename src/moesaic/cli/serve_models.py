@@ -84,7 +84,7 @@ def serve_models(
             sys.stdout.flush()
             return
         out = progress_console
-        out.print(f"[bold]{url}/v1[/bold]  the API; [bold]{url}/stats[/bold] what is in memory", highlight=False)
+        out.print(f"[bold]{url}[/bold]  the live page; [bold]{url}/v1[/bold] the API", highlight=False)
         for model in known:
             out.print(f"[dim]{model.key}: {show_bytes(model.bytes)}{', pinned' if model.pinned else ''}[/dim]", highlight=False)
         out.print(f"[dim]budget {show_bytes(budget)}, {policy}; a waiting model goes first after {max_wait:g} s[/dim]")

@@ -96,3 +96,27 @@ def test_the_policy_names_what_is_in_the_page(server):
     assert "unsafe" not in policy
     assert "http" not in answer.text.split("<script>")[0], "no address in its markup"
     assert answer.headers["x-content-type-options"] == "nosniff"
+
+
+def test_the_page_shows_the_expert_cache(start):
+    from moesaic.serving.streamed import load_streamed
+    from moesaic.serving.streamed.describe import live_facts
+
+    with load_streamed("bundled", dtype="float32", resident=0.4) as streamed:
+        server = start(
+            streamed.model, streamed.tokenizer, names=("tiny",), service={"streaming": lambda: live_facts(streamed.engine)}
+        )
+        with browser.Browser() as tab:
+            tab.open(Address(server.url + "/"), READY)
+            assert not tab.run("document.getElementById('cache-card').hidden")
+            assert tab.run("document.querySelectorAll('#held td.c').length") == 6 * 16
+            server.post("/v1/completions", {**BUSY, "max_tokens": 20})
+            until(tab, "document.querySelectorAll('#held td.on').length > 20")
+            assert tab.run("document.querySelectorAll('#held td.on').length") <= 0.4 * 6 * 16
+            until(tab, "parseFloat(document.getElementById('hits').innerText) > 1")
+            shown = tab.run("document.getElementById('cache').innerText")
+            assert "lru" in shown and "exact" in shown and "MB" in shown
+            if folder := os.environ.get("MOESAIC_SCREENSHOTS"):
+                tab.screenshot(f"{folder}/serve-cache.png")
+            assert tab.problems == []
+        server.stop()

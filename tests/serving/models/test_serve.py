@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import importlib.util
 import json
 import os
 import signal
@@ -11,6 +12,7 @@ import sys
 import threading
 import time
 import weakref
+from pathlib import Path
 
 import httpx
 import openai
@@ -304,3 +306,34 @@ def test_the_command(folders, alone):
     finally:
         server.send_signal(signal.SIGINT)
         assert server.wait(60) == 0
+
+
+_spec = importlib.util.spec_from_file_location("live_page", Path(__file__).parents[1] / "http" / "test_page.py")
+live_page = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(live_page)
+
+
+@live_page.pytestmark
+def test_the_page_shows_who_is_in_memory(folders):
+    running = Running(folders, room=2.2)
+    try:
+        with live_page.browser.Browser() as tab:
+            tab.open(live_page.Address(running.url + "/"), live_page.READY)
+            assert tab.run("document.querySelectorAll('#models tr').length") == 4
+            assert "0 of 3" in tab.run("document.getElementById('count').innerText")
+            for name in ("red", "green", "red", "blue"):
+                running.client.completions.create(model=name, prompt="The router", max_tokens=2)
+            live_page.until(tab, "document.getElementById('count').innerText.startsWith('2 of 3')")
+            live_page.until(tab, "document.querySelectorAll('#bar i').length === 2")
+            rows = tab.run("[...document.querySelectorAll('#models tr')].map(r => r.innerText).join('|')")
+            assert "green" in rows and "on disk" in rows and "in memory" in rows
+            assert "25.0 %" in tab.run("document.getElementById('facts').innerText"), "one of four requests found its model"
+            if folder := os.environ.get("MOESAIC_SCREENSHOTS"):
+                tab.screenshot(f"{folder}/serve-models.png")
+            assert tab.problems == []
+            assert all(url.startswith((running.url + "/", "data:")) for url in tab.requests), tab.requests
+            assert tab.run("document.documentElement.scrollWidth <= innerWidth"), "nothing sticks out"
+        policy = httpx.get(running.url + "/").headers["content-security-policy"]
+        assert "default-src 'none'" in policy and "unsafe" not in policy
+    finally:
+        running.stop()

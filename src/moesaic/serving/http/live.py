@@ -22,8 +22,7 @@ MOST_JOBS = 40
 @router.get("/", response_model=None, include_in_schema=False)
 async def page(request: Request) -> Response:
     """The live page: self-contained, no address but this server's own."""
-    text, policy = _page()
-    return HTMLResponse(text, headers={"Content-Security-Policy": policy, "X-Content-Type-Options": "nosniff"})
+    return page_of("moesaic.serving.http")
 
 
 @router.get("/stats", response_model=None, responses={200: {"content": {"application/json": {"schema": {"type": "object"}}}}})
@@ -57,10 +56,16 @@ async def stats(request: Request) -> Response:
     )
 
 
+def page_of(package: str) -> Response:
+    """A package's page.html, held to its own script and style, and to requests to this server."""
+    text, policy = _page(package)
+    return HTMLResponse(text, headers={"Content-Security-Policy": policy, "X-Content-Type-Options": "nosniff"})
+
+
 @cache
-def _page() -> tuple[str, str]:
+def _page(package: str) -> tuple[str, str]:
     """The page and its policy: its own script and style by their hashes, and requests to this server only."""
-    text = resources.files("moesaic.serving.http").joinpath("page.html").read_text(encoding="utf-8")
+    text = resources.files(package).joinpath("page.html").read_text(encoding="utf-8")
 
     def hashes(tag: str) -> str:
         bodies = re.findall(rf"<{tag}>(.*?)</{tag}>", text, re.DOTALL)

@@ -21,6 +21,7 @@ from moesaic.serving.http.app import BODY, answer_errors
 from moesaic.serving.http.bridge import unless_gone
 from moesaic.serving.http.errors import ApiError
 from moesaic.serving.http.limits import Gate, replay
+from moesaic.serving.http.live import page_of
 from moesaic.serving.http.meter import Meter
 from moesaic.serving.models.fleet import Fleet, Served
 
@@ -86,8 +87,13 @@ async def health(request: Request) -> Response:
     return JSONResponse({"status": status}, 200 if status == "ok" else 503)
 
 
-@router.get("/stats", response_model=None)
 @router.get("/", response_model=None)
+async def page(request: Request) -> Response:
+    """The live page: which models are in memory and who waits, from /stats."""
+    return page_of("moesaic.serving.models")
+
+
+@router.get("/stats", response_model=None)
 async def stats(request: Request) -> Response:
     """Which models are in memory, how often they were switched, and who waits."""
     return JSONResponse(request.app.state.fleet.facts(), headers={"Cache-Control": "no-store"})

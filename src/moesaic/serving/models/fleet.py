@@ -231,6 +231,7 @@ class Fleet:
                     "pinned": known.pinned,
                     "resident": name in ready,
                     "requests": self.requests[name],
+                    "waiting": len(self._waiting.get(name, ())),
                     "running": ready[name].engine.running if name in ready else 0,
                 }
                 for name, known in self.cache.models.items()

@@ -34,13 +34,19 @@ def streaming_facts(streamed: Streamed) -> dict[str, Any]:
 
 
 def live_facts(engine: Engine) -> dict[str, Any]:
-    """What changes while a model streams: its counts, what it holds, and how much of the routing a lossy mode let run."""
+    """What changes while a model streams: its counts, what it holds (a 1 per expert of a layer that is in memory), and how
+    much of the routing a lossy mode let run."""
     return {
         **engine.stats.row(),
         "policy": engine.policy.entry.name,
         "expert_resident_bytes": engine.held_bytes,
+        "resident": [_ones(engine.policy.resident(layer.number)[: layer.experts]) for layer in engine.layers],
         **lossy_facts(engine),
     }
+
+
+def _ones(here_E: Any) -> str:
+    return "".join("01"[int(here)] for here in here_E)
 
 
 def lossy_facts(engine: Engine) -> dict[str, Any]:
