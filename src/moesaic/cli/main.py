@@ -20,6 +20,7 @@ COMMANDS = {
     "pack": "a copy of a checkpoint that streams faster, its experts in fewer bits if you like",
     "calibrate": "collect per-expert statistics for surgery, in one pass over a text",
     "traces": "show, merge, slice and convert routing traces",
+    "theory": "claims about routing as experiments, with plots",
     "bench": "measure against peers and the floor",
     "systems": "every method, its paper and its state",
 }
