@@ -52,8 +52,11 @@ def build_data(config: TrainConfig, name: str, tokenizer: Any, out: Path) -> Pac
 _CACHES = {"data": "train", "valid": "valid"}
 
 
-def build_model(config: TrainConfig, tokenizer: Any) -> Any:
-    """A fresh model of the config's architecture on its device. Raises BadInput naming the field that does not fit."""
+def build_model(config: TrainConfig, tokenizer: Any, device: str | None = None) -> Any:
+    """A fresh model of the config's architecture on its device, or on another.
+
+    Raises BadInput naming the field that does not fit.
+    """
     from transformers import AutoModelForCausalLM
 
     import moesaic.view  # noqa: F401  (makes experts_implementation="moesaic" known)
@@ -75,7 +78,7 @@ def build_model(config: TrainConfig, tokenizer: Any) -> Any:
     except (ValueError, KeyError, ImportError) as error:
         raise BadInput(f"attention: {_line(error)}") from error
     try:
-        return model.to(config.device)
+        return model.to(device or config.device)
     except (RuntimeError, AssertionError) as error:
         raise BadInput(f"device: {config.device}: {_line(error)}") from error
 

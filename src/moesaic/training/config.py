@@ -12,6 +12,18 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from moesaic.core.errors import BadInput
+from moesaic.training.divergence import DivergenceRule
+
+
+class SpawnRule(BaseModel):
+    """When and how `experts.spawn` makes all experts of a layer from one."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    at: int = Field(gt=0, description="step before which it happens; until then every choice runs `source`")
+    source: int = Field(0, ge=0)
+    zeroed: float = Field(0.5, ge=0, lt=1, description="share of each copy's first matrix that is lost")
+    noise: float = Field(0.0, ge=0, description="standard deviations of the matrix, added")
 
 
 class TrainConfig(BaseModel):
@@ -52,6 +64,12 @@ class TrainConfig(BaseModel):
     eval_tokens: int = Field(65536, gt=0)
     save_every: int = Field(250, gt=0)
     log_every: int = Field(10, gt=0)
+    divergence: DivergenceRule | None = Field(
+        DivergenceRule(),
+        description="when a rising loss stops the run; null: only numbers that are not finite do",
+    )
+    spawn: SpawnRule | None = Field(None, description="EvoMoE: one expert trains alone, then all become varied copies of it")
+    parallel: Literal["ddp", "fsdp"] = Field("ddp", description="how the processes of torchrun share the work")
     threads: int | None = Field(None, gt=0)
     device: str = "cpu"
 
@@ -59,6 +77,8 @@ class TrainConfig(BaseModel):
     def _consistent(self) -> TrainConfig:
         if self.warmup >= self.steps:
             raise ValueError(f"warmup: {self.warmup} must be less than steps, {self.steps}")
+        if self.spawn and self.spawn.at >= self.steps:
+            raise ValueError(f"spawn.at: {self.spawn.at} must be less than steps, {self.steps}")
         return self
 
     @classmethod

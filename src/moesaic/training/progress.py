@@ -43,6 +43,13 @@ class RunLog:
         self._board.close()
 
 
+class Silence:
+    """The log of a process that is not the first."""
+
+    def write(self, record: dict[str, Any]) -> None: ...
+    def close(self) -> None: ...
+
+
 class Display:
     """A live bar on a terminal; on anything else a line now and then, so that a log file stays readable."""
 
