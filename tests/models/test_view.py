@@ -71,3 +71,22 @@ def test_other_banks_are_not_opened_and_streaming_is_refused_in_words(tmp_path):
     assert type(loaded.model).__name__ == "MoesaicForCausalLM"
     with pytest.raises(BadInput, match="bank of a moesaic layer"):
         load_streamed(tmp_path, resident=0.5)
+
+
+@pytest.mark.parametrize("how", [{"k": 1}, {"without": [2]}, {"bias": torch.zeros(4)}, {"force": torch.zeros(12, 1).long()}])
+def test_policies_that_need_a_transformers_router_are_refused_in_words(how):
+    model = model_of()
+    before = model(IDS).logits
+    with pytest.raises(BadInput, match="use fn=, which sees the finished routing"), moesaic.view(model).policy(**how):
+        model(IDS)
+    assert torch.equal(model(IDS).logits, before), "nothing of the policy is left"
+
+
+def test_packing_is_refused_in_words_and_writes_nothing(tmp_path, capsys):
+    from moesaic.cli.main import main
+
+    model_of().save_pretrained(tmp_path / "model")
+    with pytest.raises(SystemExit) as stop:
+        main(["pack", str(tmp_path / "model"), str(tmp_path / "out"), "--bits", "4"])
+    assert stop.value.code == 2 and "bank of a moesaic layer" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

@@ -79,10 +79,16 @@ def test_the_last_patch_quirk_is_behind_a_flag():
     plain, quirk = MoIIE(16, 8), MoIIE(16, 8, next_decides=True)
     quirk.load_state_dict(plain.state_dict())
     as_text = plain(x, ctx([0] * 6)).experts_TK
-    a, b = (r(x, ctx(modality)).experts_TK for r in (plain, quirk))
+    a, b = (r(x, ctx(modality, sequence_ids=torch.zeros(6))).experts_TK for r in (plain, quirk))
     assert not torch.equal(a[3], as_text[3]) and torch.equal(b[3], as_text[3])
     assert torch.equal(b[1:3], a[1:3]) and torch.equal(b[4:], a[4:])
     assert plain.causal and not quirk.causal
+    two = torch.tensor([0, 0, 0, 1, 1, 1])  # two sequences: what follows a sequence's last patch is another one's
+    images = torch.ones(6, dtype=torch.long)
+    ids = quirk(x, ctx(images, sequence_ids=two)).experts_TK
+    assert torch.equal(ids[2], as_text[2]) and torch.equal(ids[5], as_text[5]) and torch.equal(ids[3], a[3])
+    with pytest.raises(MissingNeed, match="sequence_ids"):
+        quirk(x, ctx(images))
 
 
 def test_what_cannot_be_is_refused():

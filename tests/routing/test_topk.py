@@ -211,3 +211,20 @@ def test_top_p_set_shrinks_as_the_top_probability_grows():
 def test_impossible_routers_are_refused(options, message):
     with pytest.raises(BadInput, match=message):
         TopK(16, 8, **options)
+
+
+@pytest.mark.parametrize(("k", "overflow", "causal"), [(1, "position", True), (2, "position", False), (1, "probs", False)])
+def test_capacity_says_whether_later_tokens_matter(k, overflow, causal):
+    """An earlier token's slots under two different futures: they are the same exactly where the router calls itself causal."""
+    router = TopK(4, 3, k=k, convention="softmax", capacity_factor=0.5, overflow=overflow)
+    assert router.causal is causal
+    with torch.no_grad():
+        router.score.weight.copy_(torch.eye(3, 4))
+    ctx = RoutingContext(mode="train")
+    early = torch.tensor([[2.0, 1.9, 0.0, 0.0]]).expand(6, -1)
+    futures = [torch.tensor([row]).expand(14, -1) for row in ([0.0, 9.0, 0.1, 0.0], [0.1, 0.0, 9.0, 0.0], [9.0, 0.1, 0.0, 0.0])]
+    kept = [router(torch.cat([early, future]), ctx).experts_TK[:6] for future in futures]
+    assert all(torch.equal(kept[0], other) for other in kept[1:]) is causal
+    if not causal:
+        with pytest.raises(BadInput, match="later tokens"):
+            MoE(4, 3, router, causal=True, bank_options={"width": 4})

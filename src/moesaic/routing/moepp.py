@@ -24,7 +24,8 @@ class MoEPlusPlus(Router):
     `zero_computation` bank). Softmax, top-k; with `renormalise` (what the released weights run with) a chosen zero
     expert weighs 0 and the rest is divided by its sum; without it (the paper) weights are plain softmax values.
     `capacity_factor` gamma and `tau` bound FFN experts at gamma tau K T / (tau N_FFN + N_ZC) pairs and
-    zero-computation ones at gamma K T / (tau N_FFN + N_ZC).
+    zero-computation ones at gamma K T / (tau N_FFN + N_ZC); later tokens' first choices then queue ahead of earlier tokens'
+    second ones, so it is not for causal hosts unless k = 1.
     """
 
     needs = frozenset({"previous"})
@@ -44,6 +45,7 @@ class MoEPlusPlus(Router):
         super().__init__(experts, k)
         self.ffn, self.zeros, self.renormalise = experts - zero_computation, zeros, renormalise
         self.capacity_factor, self.tau = capacity_factor, tau
+        self.causal = capacity_factor is None or k == 1
         self.score = LinearScore(dim, experts)
         self.residual_weight = nn.Parameter(torch.zeros(experts, experts))
 

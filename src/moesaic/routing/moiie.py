@@ -22,7 +22,7 @@ class MoIIE(Router):
     So the first `own` experts are vision's, the last `own` text's, those between are shared; default E / 4, as E/4, E/2, E/4.
     Scores outside a token's candidates are -inf. The published code hard-codes an offset of 1, right for E = 4 only.
     `next_decides` keeps its quirk for old weights: a token counts as vision only if the next one is vision too, so the
-    last patch of an image is routed as text (and routing then sees one token ahead).
+    last patch of an image is routed as text (and routing then sees one token ahead, of the same sequence).
     """
 
     needs = frozenset({"modality_ids"})
@@ -44,13 +44,17 @@ class MoIIE(Router):
             raise BadInput(f"k={k}: a token has {experts - own} candidates of {experts} experts")
         self.own, self.next_decides = own, next_decides
         self.causal = not next_decides
+        if next_decides:
+            self.needs = self.needs | {"sequence_ids"}
         self.vision_score = LinearScore(dim, experts - own, jitter=jitter)
         self.text_score = LinearScore(dim, experts - own, jitter=jitter)
 
     def forward(self, x_TD: Tensor, ctx: RoutingContext) -> Routing:
         vision_T = ctx.need("modality_ids", "moiie") == 1
         if self.next_decides:
-            vision_T = vision_T & vision_T.roll(-1).index_fill(0, torch.tensor([-1], device=vision_T.device), False)
+            row_T = ctx.need("sequence_ids", "moiie with next_decides")
+            follows_T = (row_T.roll(-1) == row_T).index_fill(0, torch.tensor([-1], device=row_T.device), False)
+            vision_T = vision_T & vision_T.roll(-1) & follows_T
         shut_To = x_TD.new_full((x_TD.shape[0], self.own), float("-inf"), dtype=torch.float32)
         vision_TE = torch.cat([self.vision_score(x_TD, ctx), shut_To], 1)
         text_TE = torch.cat([shut_To, self.text_score(x_TD, ctx)], 1)

@@ -31,7 +31,8 @@ class TopK(Router):
     own. `k` is a number or a schedule of step and layer, such as progressive_sparsification. `groups` and `keep_groups`
     (e) restrict the choice to the best groups, scored by their "max" or "top2". `bias_E` is moved by a bias controller
     (see balancing/bias.py), enters the selection only, and gets no gradient. `capacity_factor` drops what overflows
-    (`eval_capacity_factor` in evaluation; None keeps everything).
+    (`eval_capacity_factor` in evaluation; None keeps everything). Causal only for k = 1 then, and by "position": with more
+    choices, later tokens' first ones queue ahead of earlier tokens' second ones.
     """
 
     def __init__(
@@ -65,7 +66,8 @@ class TopK(Router):
         self.convention, self.scale = convention, scale
         self.groups, self.keep_groups, self.group_score = groups, keep, group_score
         self.capacity_factor, self.eval_capacity_factor, self.overflow = capacity_factor, eval_capacity_factor, overflow
-        self.causal = (capacity_factor is None and eval_capacity_factor is None) or overflow == "position"
+        limited = capacity_factor is not None or eval_capacity_factor is not None
+        self.causal = not limited or (overflow == "position" and self.k == 1)
         if eval_capacity_factor is not None:
             self.no_cache = "its capacity in evaluation follows from the number of tokens in the call"
         linear = LinearScore(dim, experts, jitter=jitter)
