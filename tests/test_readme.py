@@ -20,7 +20,7 @@ def test_the_python_example_runs(capsys, tmp_path, monkeypatch):
 
 
 def test_the_commands_exist():
-    named = set(re.findall(r"`moesaic (\w+)", README))
+    named = set(re.findall(r"`moesaic ([\w-]+)", README))
     assert named <= COMMANDS.keys()
     makefile = (Path(__file__).parents[1] / "Makefile").read_text()
     for target in re.findall(r"^make (\w+)", README, re.MULTILINE):
