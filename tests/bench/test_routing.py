@@ -36,8 +36,8 @@ def test_every_router_is_measured(mode):
 def test_the_command_prints_one_object(capsys, tmp_path):
     from moesaic.cli.main import main
 
+    sizes = ["-T", "16", "--length", "8", "-D", "16", "-E", "8", "-K", "2", "--rounds", "1", "--seconds", "0"]
     with pytest.raises(SystemExit) as stop:
-        sizes = ["-T", "16", "--length", "8", "-D", "16", "-E", "8", "-K", "2", "--rounds", "1", "--seconds", "0"]
         main(["bench", "routing", *sizes, "--routers", "moge", "--no-layer", "--json"])
     result = json.loads(capsys.readouterr().out)
     assert stop.value.code == 0 and [row["impl"] for row in result["rows"]] == ["topk", "moge"]

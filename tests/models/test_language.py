@@ -239,7 +239,7 @@ def test_beams_reorder_what_a_router_keeps_in_the_cache():
 
 
 def test_a_capacity_that_depends_on_the_call_decodes_without_a_cache():
-    model = model_of(router_options={"eval_capacity_factor": 1.0}).eval()
+    model = model_of(router_options={"k": 1, "eval_capacity_factor": 1.0}).eval()
     ids = torch.randint(0, 40, (1, 9))
     assert model(ids).past_key_values is None
     with pytest.raises(BadInput, match="cannot decode with a cache: its capacity in evaluation"):

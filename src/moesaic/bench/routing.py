@@ -63,7 +63,7 @@ class Options:
 
 
 def run(options: Options, progress: Callable[[str], None] = lambda text: None) -> dict[str, Any]:
-    """{machine, profile, options, notes, rows}: a row per router, and one of the layer."""
+    """{machine, profile, options, rows}: a row per router, with an error where it cannot be built so, and one of the layer."""
     options.check()
     header = machine.describe(options.device)
     progress("measuring the machine")
@@ -74,7 +74,7 @@ def run(options: Options, progress: Callable[[str], None] = lambda text: None) -
     names = options.routers or tuple(entry.name for entry in registry.entries("routing"))
     contestants: dict[str, Callable[[int], Any]] = {}
     routers: dict[str, Router] = {}
-    notes, failed = [], []
+    failed: list[dict[str, Any]] = []
     for name in dict.fromkeys((BASE, *names)):
         progress(f"building {name}")
         try:
@@ -111,7 +111,7 @@ def run(options: Options, progress: Callable[[str], None] = lambda text: None) -
         )
     if layer is not None:
         rows.append({"impl": "layer", **_case(options), **summary(seconds["layer"]), "floor_seconds": None, "error": None})
-    return {"machine": header, "profile": profile, "options": asdict(options), "notes": notes, "rows": [*rows, *failed]}
+    return {"machine": header, "profile": profile, "options": asdict(options), "rows": [*rows, *failed]}
 
 
 def _case(options: Options) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from moesaic.cli.bench_common import figures, measured, show_notes, words
+from moesaic.cli.bench_common import figures, measured, words
 from moesaic.cli.common import Debug, Json, console
 
 LIMIT = 0.25
@@ -66,4 +66,3 @@ def _show(result: dict[str, Any]) -> None:
             f"[red]{shown}[/red]" if share is not None and share > LIMIT else shown,
         )
     console.print(table)
-    show_notes(result)

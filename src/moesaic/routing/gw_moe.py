@@ -47,6 +47,7 @@ class GWMoE(Router):
         self.score = LinearScore(dim, experts)
 
     def as_top_k(self) -> tuple[Tensor, bool] | None:
+        assert isinstance(self.score, LinearScore)
         return self.score.weight, self.renormalise
 
     def forward(self, x_TD: Tensor, ctx: RoutingContext) -> Routing:

@@ -1,7 +1,7 @@
 """Retrofit: another router, or cheap experts, in a trained transformers MoE; the experts stay as they are.
 
-Routers of blocks whose own router is a softmax top-k over one matrix can be replaced (64 of transformers' architectures
-bring many kinds; the others are refused with the reason). New routers start from the old one's rows (`Router.extend`).
+Routers of blocks whose own router is a softmax top-k over one matrix can be replaced; the others are refused with the
+reason, for their rows mean something else. New routers start from the old one's rows (`Router.extend`).
 """
 
 from __future__ import annotations
@@ -106,7 +106,9 @@ def plan_retrofit(
     if not hasattr(model, "get_decoder") or model.get_decoder() is model:
         raise BadInput(f"{type(model).__name__} is no causal language model with a decoder: a retrofit needs one")
     if isinstance(model, Retrofitted):
-        raise BadInput(f"this model was retrofitted with {model.config.retrofit['router']} already: start from the one before")
+        raise BadInput(
+            f"this model was retrofitted with {cast(Any, model).config.retrofit['router']} already: start from the one before"
+        )
     config_class(cast(Any, type(model.config)))
     blocks = _chosen(View(model), layers)
     owns = [own_router(block) for block in blocks]

@@ -34,7 +34,7 @@ class CheapExperts(nn.Module):
         here_TK = (ids_TK >= 0) & (ids_TK < experts)
         skips = getattr(own.config, "_experts_implementation", None) == OURS
         # The bank's own call; `super()` is the class that transformers gave it.
-        y_TD = super().forward(x_TD, ids_TK.where(here_TK, -1 if skips else 0), weights_TK * here_TK)  # type: ignore[misc]
+        y_TD = super().forward(x_TD, ids_TK.where(here_TK, -1 if skips else 0), weights_TK * here_TK)
         cheap_TX = x_TD.new_zeros(len(x_TD), constants + self.copies + 1)
         place_TK = (ids_TK - experts).clamp(0, constants + self.copies)  # every zero expert shares the last column
         cheap_TX = cheap_TX.scatter_add(1, place_TK, (weights_TK * (ids_TK >= experts)).to(cheap_TX.dtype))

@@ -138,11 +138,10 @@ def build(spec: Spec, dim: int, experts: int) -> tuple[Router, int]:
 
 def check_form(router: Router, name: str, dim: int) -> None:
     """Raises BadInput for a router that returns no slots per token, which a transformers experts call asks for."""
-    step = {"step": 0} if "step" in router.needs else {}
     zeros_T, ones_T = torch.zeros(4, dtype=torch.long), torch.ones(4, dtype=torch.bool)
     ctx = RoutingContext(
         mode="eval", causal=True, threads_state=True, token_ids=zeros_T, positions=torch.arange(4), sequence_ids=zeros_T,
-        mask=ones_T, generator=torch.Generator().manual_seed(0), **step,
+        mask=ones_T, generator=torch.Generator().manual_seed(0), step=0,
     )  # fmt: skip
     with torch.no_grad():
         routing = router(torch.randn(4, dim, generator=torch.Generator().manual_seed(0)), ctx)
