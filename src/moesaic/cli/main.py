@@ -10,6 +10,8 @@ COMMANDS = {
     "serve": "an OpenAI-compatible server with a live page",
     "eval": "bits per byte and perplexity per domain",
     "train": "train a model from a config file",
+    "sweep": "train many cells over one recipe, side by side; resumable",
+    "lab": "the comparison of all routers, banks and layers",
     "search-loss": "evolve balance losses by short training runs",
     "retrofit": "put another router into a trained model, and fine-tune it",
     "view": "list a model's experts; --coverage checks every architecture",

@@ -98,7 +98,7 @@ class TrainConfig(BaseModel):
         if not isinstance(raw, dict):
             raise BadInput(f"{path}: a training config is a mapping of fields")
         for change in sets:
-            _set(raw, change)
+            set_field(raw, *parse_set(change), f"--set {change}")
         raw.update(overrides)
         return cls.of(raw, path)
 
@@ -111,15 +111,15 @@ class TrainConfig(BaseModel):
             raise BadInput(f"{where}: {_problems(cls, error)}") from error
 
 
-def _set(raw: dict[str, Any], change: str) -> None:
+def parse_set(change: str) -> tuple[str, Any]:
+    """`key=value`, the value in YAML, as a pair. Raises BadInput."""
     key, equals, value = change.partition("=")
     if not equals or not key.strip():
         raise BadInput(f"--set {change}: write key=value, such as lr=1e-3 or model.num_experts=8")
     try:
-        parsed = yaml.safe_load(value)
+        return key.strip(), _number(yaml.safe_load(value))
     except yaml.YAMLError as error:
         raise BadInput(f"--set {change}: the value is not YAML") from error
-    set_field(raw, key.strip(), _number(parsed), f"--set {change}")
 
 
 def set_field(raw: dict[str, Any], key: str, value: Any, where: str = "") -> None:
