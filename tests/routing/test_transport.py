@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 
-from moesaic.routing.transport import balanced_assignment, capped_plan, sinkhorn, sparse_plan, sparse_simplex
+from moesaic.routing.transport import balanced_assignment, capped_plan, sinkhorn, sinkhorn_in_logs, sparse_plan, sparse_simplex
 
 
 def best_assignment(scores):
@@ -101,3 +101,16 @@ def test_capped_plan_meets_its_limits_and_is_near_the_best():
     loose = capped_plan(gain, 10, 6, sweeps=1000)
     assert (loose * gain).sum().item() == pytest.approx(free.item(), abs=0.05), "a cap of E binds nothing"
     assert (plan * gain).sum() <= free + 1e-3
+
+
+@pytest.mark.parametrize(("tokens", "experts"), [(1, 3), (63, 4), (200, 64), (5, 1)])
+@pytest.mark.parametrize(("spread", "epsilon"), [(1.0, 1.0), (3.0, 0.5), (1.0, 0.01), (100.0, 1.0)])
+def test_sinkhorn_by_products_equals_the_one_in_logs(tokens, experts, spread, epsilon):
+    """Narrow and wide logits (which take the logs themselves), with gradients."""
+    logits = (spread * torch.randn(tokens, experts)).requires_grad_()
+    fast, twin = sinkhorn(logits, epsilon), sinkhorn_in_logs(logits, epsilon)
+    torch.testing.assert_close(fast, twin, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(fast.sum(1), torch.ones(tokens), rtol=1e-4, atol=1e-4)
+    cotangent = torch.randn_like(fast)
+    grads = [torch.autograd.grad(plan, logits, cotangent)[0] for plan in (fast, twin)]
+    torch.testing.assert_close(*grads, rtol=1e-3, atol=1e-4 / epsilon)

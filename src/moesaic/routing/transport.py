@@ -7,12 +7,31 @@ import math
 import torch
 from torch import Tensor
 
+NARROW = 30.0
+"""Logits (divided by epsilon) that lie no further apart than this keep every sum of `sinkhorn` inside float32."""
+
 
 def sinkhorn(logits_tE: Tensor, epsilon: float = 1.0, iterations: int = 20) -> Tensor:
-    """Entropic plan: rows sum to 1 exactly, columns to t / E in the limit; in log space, differentiable.
+    """Entropic plan: rows sum to 1 exactly, columns to t / E in the limit; differentiable.
 
-    max <l, P> + epsilon H(P). epsilon -> 0 approaches the balanced assignment, and asks for more iterations.
+    max <l, P> + epsilon H(P). epsilon -> 0 approaches the balanced assignment, and asks for more iterations. The plan is
+    diag(u) K diag(v) with K = exp(l / epsilon), and a sweep two products of K with a vector; where K would leave
+    float32's range, `sinkhorn_in_logs`, the twin, is taken.
     """
+    log_tE = logits_tE / epsilon
+    if log_tE.numel() == 0 or not bool((log_tE.detach().amax(1) - log_tE.detach().amin(1)).max() <= NARROW):
+        return sinkhorn_in_logs(logits_tE, epsilon, iterations)
+    kernel_tE = log_tE.softmax(-1)
+    column = logits_tE.shape[0] / logits_tE.shape[1]
+    u_t, v_E = kernel_tE.new_ones(len(kernel_tE)), kernel_tE.new_ones(kernel_tE.shape[1])
+    for _ in range(iterations):
+        v_E = column / (u_t @ kernel_tE)
+        u_t = 1 / (kernel_tE @ v_E)
+    return u_t.unsqueeze(1) * kernel_tE * v_E
+
+
+def sinkhorn_in_logs(logits_tE: Tensor, epsilon: float = 1.0, iterations: int = 20) -> Tensor:
+    """`sinkhorn` by row and column normalisation in log space, for any logits."""
     log_tE = logits_tE / epsilon
     column = torch.log(torch.tensor(logits_tE.shape[0] / logits_tE.shape[1]))
     log_tE = log_tE - log_tE.logsumexp(1, keepdim=True)
