@@ -150,10 +150,13 @@ class Trainer:
                 (objective / config.accumulate).backward()
             total += cross_entropy.item() / config.accumulate
             loads.append(load)
-        norm = parallel.whole(nn.utils.clip_grad_norm_(self.model.parameters(), config.clip)).item()
+        parameters = [p for p in self.model.parameters() if p.grad is not None]
+        total_norm = parallel.whole(nn.utils.get_total_norm([p.grad for p in parameters]))
+        norm = total_norm.item()
         total, *values = self.processes.mean([total, *parts.values()], self.device)
         parts = dict(zip(parts, values, strict=True))
-        self._check(step, total, norm, parts)
+        self._check(step, total, norm, parts)  # before clipping, which would spread what is not finite over all gradients
+        nn.utils.clip_grads_with_norm_(parameters, config.clip, total_norm)
         self.optimizer.step()
         self.balance.after_step()
         parallel.agree_on_buffers(self.model, self.processes)
