@@ -48,8 +48,6 @@ def describe(model: Any, source: Any = None, rounding: Rounding | None = None) -
     if packed is not None:
         facts["total_bytes"] += packed.expert_bytes - _matrix_bytes(model)
     rounding = rounding or packed
-    if any(hasattr(module, "stored") for module in model.modules()) and model.config.get_text_config().tie_word_embeddings:
-        facts["total_bytes"] -= model.get_output_embeddings().weight.nbytes  # its matrix was the embeddings'
     if rounding is not None:
         facts["exact"], facts["rounding"] = False, rounding.row()
         facts["expert_bytes"] = rounding.expert_bytes

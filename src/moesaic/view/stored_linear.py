@@ -6,6 +6,7 @@ that shared their matrix gets one of its own.
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import torch
@@ -18,7 +19,8 @@ from moesaic.view.quick import QuickLinear
 
 
 class StoredLinear(nn.Linear):
-    """A linear layer whose weights are `stored`; `weight` is left as a shape on the meta device."""
+    """A linear layer whose weights are `stored`; `weight` is left as a shape on the meta device, or None where it was another
+    module's, too."""
 
     stored: StoredMatrix
 
@@ -42,12 +44,14 @@ def quantize_linears(model: nn.Module, packing: Packing) -> dict[str, int]:
             continue
         made.append((module, StoredMatrix.quantize(module.weight, packing)))
     before = sum(module.weight.nbytes for module, _ in made)
+    uses = Counter(id(weight) for _, weight in model.named_parameters(remove_duplicate=False))
     for module, stored in made:
-        _replace(module, stored)
+        _replace(module, stored, shared=uses[id(module.weight)] > 1)
     return {"layers": len(made), "nbytes": sum(stored.nbytes for _, stored in made), "stored_bytes": before}
 
 
-def _replace(module: Any, stored: StoredMatrix) -> None:
-    module.weight = nn.Parameter(torch.empty_like(module.weight, device="meta"), requires_grad=False)
+def _replace(module: Any, stored: StoredMatrix, shared: bool) -> None:
+    shape = None if shared else nn.Parameter(torch.empty_like(module.weight, device="meta"), requires_grad=False)
+    module.weight = shape
     module.stored = stored
     module.__class__ = StoredLinear
