@@ -46,10 +46,9 @@ class Sinkhorn(Router):
         self.causal = pool == "position"
         self.score = LinearScore(dim, experts)
 
-    @property
-    def sweep_flops(self) -> float:
-        """Two products with a vector per iteration, 4 per entry."""
-        return 4.0 * self.iterations * self.num_experts
+    def flops_per_token(self, length: int = 1) -> float:
+        """Two products of the [T, E] kernel with a vector per iteration beside the linear map."""
+        return super().flops_per_token() + 4.0 * self.iterations * self.num_experts
 
     def forward(self, x_TD: Tensor, ctx: RoutingContext) -> Routing:
         logits_TE = self.score(x_TD, ctx)

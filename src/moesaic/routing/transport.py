@@ -23,11 +23,11 @@ def sinkhorn(logits_tE: Tensor, epsilon: float = 1.0, iterations: int = 20) -> T
         return sinkhorn_in_logs(logits_tE, epsilon, iterations)
     kernel_tE = log_tE.softmax(-1)
     column = logits_tE.shape[0] / logits_tE.shape[1]
-    u_t, v_E = kernel_tE.new_ones(len(kernel_tE)), kernel_tE.new_ones(kernel_tE.shape[1])
+    u_t1, v_1E = kernel_tE.new_ones(len(kernel_tE), 1), kernel_tE.new_ones(1, kernel_tE.shape[1])
     for _ in range(iterations):
-        v_E = column / (u_t @ kernel_tE)
-        u_t = 1 / (kernel_tE @ v_E)
-    return u_t.unsqueeze(1) * kernel_tE * v_E
+        v_1E = column / (u_t1.T @ kernel_tE)
+        u_t1 = 1 / (kernel_tE @ v_1E.T)
+    return u_t1 * kernel_tE * v_1E
 
 
 def sinkhorn_in_logs(logits_tE: Tensor, epsilon: float = 1.0, iterations: int = 20) -> Tensor:
