@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, cast
+from typing import Literal, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from moesaic.core.registry import register
 from moesaic.core.routing import Routing
 
 Rule = Literal["sign", "proportional", "eps_n", "eps_sqrt_n"]
-RULES = ("sign", "proportional", "eps_n", "eps_sqrt_n")
+RULES: tuple[Rule, ...] = get_args(Rule)
 
 
 @register("balancing", "bias", paper="2408.15664", card="layers-and-balancing.md#alf-lb")
