@@ -36,6 +36,13 @@ def test_noise_is_pooled_by_degrees_of_freedom():
     assert noise(table, "bits_per_byte") == pytest.approx((2.0 / 3) ** 0.5)  # variances 2 and 0, freedoms 1 and 2
 
 
+def test_masked_models_have_their_own_noise():
+    masked = [{**cell("m", seed, 5.0 * seed), "group": "masked"} for seed in (0, 1)]
+    table = rows([cell("a", 0, 1.0), cell("a", 1, 1.2), *masked])
+    assert noise(table, "bits_per_byte") == pytest.approx(0.02**0.5)
+    assert noise(table, "bits_per_byte", masked=True) == pytest.approx(12.5**0.5)
+
+
 def test_differences_inside_the_spread_cannot_be_told(cells):
     table = rows(cells)
     error = 0.02 * (1 + 1 / 3) ** 0.5
@@ -58,6 +65,9 @@ def test_claims_and_the_page(cells):
     found = verdicts(rows(cells))
     assert any("`rmoe` against `topk`, bits per byte -0.220" in line for line in found["shows"])
     assert any("`comet`" in line for line in found["contrary"])
+    dearer = [{**row, "flops_per_token": 1.2} if row["name"] == "rmoe" else row for row in rows(cells)]
+    assert any("`rmoe`" in line and "at 1.20 times the FLOPs" in line for line in verdicts(dearer)["unequal"])
+    assert not any("`rmoe`" in line for line in verdicts(dearer)["shows"])
     assert any("`hash` against `topk`, bits per byte" in line for line in found["untold"])
     assert any("thor" in line for line in found["missing"])
     model = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "experts": 4, "expert_width": 8, "k": 2}

@@ -107,10 +107,10 @@ def _trained(cell: Cell, folder: Path, out: Path, goal: dict[str, Any] | None) -
     if cell.match is not None and goal is not None:
         fitted = _fit(cell, config, goal)
         config = TrainConfig.of(_changed(config, cell.match, fitted), f"cell {cell.name}")
-    before = _peak()
+    before = _peak(config.device)
     trainer = CellTrainer(config, folder / "late.safetensors")
     trainer.run()
-    results = {**_measured(trainer, config), "memory_mb": round((_peak() - before) / 2**20, 1)}
+    results = {**_measured(trainer, config), "memory_mb": round((_peak(config.device) - before) / 2**20, 1)}
     log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     return {"fitted": fitted, "results": results, "curve": curve(log)}
@@ -151,7 +151,7 @@ def _fit(cell: Cell, config: TrainConfig, goal: dict[str, Any]) -> int:
     quiet = Console(quiet=True)
     tokenizer = build.build_tokenizer(config, Path(config.out), quiet.print)
     random = torch.Generator().manual_seed(0)
-    rows_BN = torch.randint(1, len(tokenizer), (4, config.seq_len), generator=random)
+    rows_BN = torch.randint(1, len(tokenizer), (4, config.seq_len), generator=random).to(config.device)
     aim = TrainConfig.of({**goal, "out": config.out, "tokenizer": config.tokenizer}, "base")
     wanted = measure.flops_per_token(_seeded(aim, tokenizer), rows_BN)
     assert cell.match is not None
@@ -199,6 +199,8 @@ def prepare_tokens(cell: Cell, out: Path) -> None:
         build.build_data(config, "valid", tokenizer, shared)
 
 
-def _peak() -> int:
-    """Most memory this process has held, in bytes."""
+def _peak(device: str) -> int:
+    """Most memory that this process has held, in bytes: on its GPU, or at all."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -21,6 +21,8 @@ GROUPS = {
     "masked": "Methods that see later tokens: masked language models",
 }
 WORDS = {-1: "better", 0: "cannot be told", 1: "worse"}
+EQUAL = 1.05
+"""FLOPs per token count as equal up to this ratio."""
 NAMES = {"bits_per_byte": "bits per byte", "max_vio": "MaxVio", "load_cv": "load CV", "changed": "changed sets"}
 
 
@@ -30,8 +32,12 @@ def claims() -> list[dict[str, Any]]:
 
 
 def verdicts(table: list[dict[str, Any]]) -> dict[str, list[str]]:
-    """Each claim as a line under `shows`, `contrary`, `untold` or `missing`; see `difference`."""
-    found: dict[str, list[str]] = {"shows": [], "contrary": [], "untold": [], "missing": []}
+    """Each claim as a line under `shows`, `unequal`, `contrary`, `untold` or `missing`; see `difference`.
+
+    `unequal`: it shows, but the cell spends more FLOPs than what it is held against, which the claim does not say.
+    """
+    found: dict[str, list[str]] = {"shows": [], "unequal": [], "contrary": [], "untold": [], "missing": []}
+    by_name = {row["name"]: row for row in table}
     for claim in claims():
         measure = claim["measure"]
         gap = difference(table, claim["cell"], claim["than"], measure)
@@ -41,8 +47,16 @@ def verdicts(table: list[dict[str, Any]]) -> dict[str, list[str]]:
             continue
         error = "no spread known" if gap["error"] is None else f"± {CERTAIN * gap['error']:.3f}"
         line = f"{claim['says']}: {pair}, {NAMES[measure]} {gap['gap']:+.3f} ({error})"
-        found[{-1: "shows", 1: "contrary", 0: "untold"}[gap["sign"]]].append(line)
+        ratio = _flops_ratio(by_name[claim["cell"]], by_name[claim["than"]])
+        if gap["sign"] < 0 and ratio > EQUAL and not claim.get("at_more_flops"):
+            found["unequal"].append(f"{line}, at {ratio:.2f} times the FLOPs")
+        else:
+            found[{-1: "shows", 1: "contrary", 0: "untold"}[gap["sign"]]].append(line)
     return found
+
+
+def _flops_ratio(row: dict[str, Any], other: dict[str, Any]) -> float:
+    return row["flops_per_token"] / other["flops_per_token"]
 
 
 def document(summary: dict[str, Any], machine: str, picture: str, page: str) -> str:
@@ -88,14 +102,15 @@ def _setting(summary: dict[str, Any]) -> str:
 
 Width {model["hidden_size"]}, {size}, {experts}, a {base["vocab_size"]}-token BPE; {work}, AdamW at {base["lr"]:g},
 {base["schedule"]}, float32, one thread. Where a method changes the cost of a token, its expert width was fitted until the FLOPs
-are those of `{REFERENCE}` again; what could not be fitted shows in its column. This is a very small model trained very briefly:
-the loss leaves its first plateau around the middle of the run, and a method that leaves it later looks far worse here than
-it may end. **Nothing on this page says how a method does at the scale of its paper.**
+are those of `{REFERENCE}` again (the width beside its name); what could not be fitted shows in its column. This is a very small
+model trained very briefly: the loss leaves its first plateau around the middle of the run, and a method that leaves it later
+looks far worse here than it may end. **Nothing on this page says how a method does at the scale of its paper.**
 
 - *bits per byte*: of held-out text, all domains, total bits over total bytes. Masked models: of the hidden tokens, comparable
   among themselves only.
 - *against the reference*: the difference, and "cannot be told" within {CERTAIN:g} standard errors. The seed-to-seed standard
-  deviation, pooled over the cells with several seeds: {spread} bits per byte. Cells with one seed are judged by it as well.
+  deviation, pooled over the cells with several seeds: {spread} bits per byte. Cells with one seed are judged by it as well, and
+  a method whose runs differ more than that from seed to seed is judged too strictly or too kindly.
 - *MaxVio*, *load CV*: the busiest expert over the mean, minus one; standard deviation over mean; of held-out rows, mean over
   layers, true experts only.
 - *changed*: share of tokens whose set of experts differs between 90 % and 100 % of the steps, mean over layers.
@@ -106,6 +121,7 @@ it may end. **Nothing on this page says how a method does at the scale of its pa
 def _claims(found: dict[str, list[str]]) -> str:
     titles = {
         "shows": "Shows at this scale",
+        "unequal": "Shows, but at more FLOPs: no evidence for the method",
         "contrary": "Does not show: the difference goes the other way",
         "untold": "Cannot be told: inside the spread of seeds",
         "missing": "Not measured yet",
@@ -119,16 +135,21 @@ def _claims(found: dict[str, list[str]]) -> str:
 
 def _table(rows: list[dict[str, Any]], table: list[dict[str, Any]], reference: str) -> str:
     lines = [f"| {' | '.join(HEADS)} |", "|" + "---|" * len(HEADS)]
+    by_name = {row["name"]: row for row in table}
     for row in sorted(rows, key=lambda row: (row["bits_per_byte"] is None, row["bits_per_byte"])):
         if not row["seeds"]:
             lines.append(f"| `{row['name']}` | failed: {'; '.join(row['errors'])} |" + " |" * (len(HEADS) - 2))
             continue
         gap = difference(table, row["name"], reference)
         told = "" if gap is None or row["name"] == reference else f"{gap['gap']:+.3f}, {WORDS[gap['sign']]}"
+        ratio = 1.0 if gap is None else _flops_ratio(row, by_name[reference])
+        if not 1 / EQUAL <= ratio <= EQUAL:
+            told += f" (at {ratio:.2f} times the FLOPs)"
+        width = "" if row["fitted"] is None else f" (width {row['fitted']})"
         sd = row["sd"].get("bits_per_byte")
         score = _number(row["bits_per_byte"], 3) + ("" if sd is None else f" ± {sd:.3f}")
         cells = [
-            f"`{row['name']}`", score, told, _number(row["max_vio"], 2), _number(row["load_cv"], 2),
+            f"`{row['name']}`{width}", score, told, _number(row["max_vio"], 2), _number(row["load_cv"], 2),
             "" if row["changed"] is None else f"{100 * row['changed']:.0f} %", f"{row['flops_per_token'] / 1000:,.0f} k",
             f"{row['parameters'] / 1000:,.0f} k", f"{row['tokens_per_cpu_second'] or 0:,.0f}", _number(row["memory_mb"], 0),
             str(row["seeds"]),

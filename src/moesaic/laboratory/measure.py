@@ -48,7 +48,7 @@ def masked_bits_per_byte(model: Any, tokenizer: Any, rows_BN: Tensor) -> float:
         ids_BN, labels_BN = hide(rows_BN, rows_BN, None, phase, model.config.mask_token_id)
         logits = model(input_ids=ids_BN, use_cache=False).logits.flatten(0, 1).float()
         nats += nn.functional.cross_entropy(logits, labels_BN.flatten(), ignore_index=IGNORED, reduction="sum").item()
-        size += int(sizes_V[labels_BN[labels_BN != IGNORED]].sum())
+        size += int(sizes_V[labels_BN[labels_BN != IGNORED].cpu()].sum())
     return nats / math.log(2) / size
 
 
@@ -59,18 +59,19 @@ def routings_of(model: Any, rows_BN: Tensor) -> tuple[Routing, ...]:
 
 
 def expert_sets(routing: Routing) -> Tensor | None:
-    """Which rows run which token, bool [T, E]; None where no row is chosen (soft and keyed routings)."""
+    """Which rows run which token, bool [T, E] on the CPU; None where no row is chosen (soft and keyed routings)."""
     if routing.soft or routing.keyed_T2HN is not None:
         return None
-    on_TE = torch.zeros(routing.logits_TE.shape[0], routing.num_experts, dtype=torch.bool)
+    device = routing.logits_TE.device
+    on_TE = torch.zeros(routing.logits_TE.shape[0], routing.num_experts, dtype=torch.bool, device=device)
     if routing.pairs is not None:
         on_TE[routing.pairs.token_S, routing.pairs.expert_S] = True
-        return on_TE
+        return on_TE.cpu()
     assert routing.experts_TK is not None
-    token_TK = torch.arange(on_TE.shape[0]).unsqueeze(1).expand_as(routing.experts_TK)
+    token_TK = torch.arange(on_TE.shape[0], device=device).unsqueeze(1).expand_as(routing.experts_TK)
     chosen_TK = routing.experts_TK >= 0
     on_TE[token_TK[chosen_TK], routing.experts_TK[chosen_TK]] = True
-    return on_TE
+    return on_TE.cpu()
 
 
 def changed(before: list[Tensor | None], after: list[Tensor | None]) -> float | None:

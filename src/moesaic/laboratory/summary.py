@@ -11,8 +11,9 @@ MEASURES = (
     "bits_per_byte", "valid_loss", "max_vio", "load_cv", "idle_experts", "experts_per_token", "changed", "flops_per_token",
     "parameters", "tokens_per_cpu_second", "memory_mb",
 )  # fmt: skip
-CERTAIN = 2.0
-"""Standard errors by which two means must differ before anything is said of them."""
+CERTAIN = 2.5
+"""Standard errors by which two means must differ before anything is said of them: the pooled spread has few degrees of freedom,
+and many differences are looked at."""
 
 
 def rows(results: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -41,11 +42,13 @@ def _row(name: str, cells: list[dict[str, Any]]) -> dict[str, Any]:
     return row
 
 
-def noise(table: list[dict[str, Any]], measure: str, group: str | None = None) -> float | None:
-    """Standard deviation between seeds, pooled over the rows that have several; None when none has."""
-    weighed = [
-        (row["seeds"] - 1, row["sd"][measure]) for row in table if measure in row["sd"] and group in (None, row["group"])
-    ]
+def noise(table: list[dict[str, Any]], measure: str, masked: bool = False) -> float | None:
+    """Standard deviation between seeds, pooled over the rows that have several; None when none has.
+
+    Masked models (the group of that name) have their own: what they predict is another thing.
+    """
+    alike = [row for row in table if (row["group"] == "masked") == masked]
+    weighed = [(row["seeds"] - 1, row["sd"][measure]) for row in alike if measure in row["sd"]]
     freedom = sum(weight for weight, _ in weighed)
     return math.sqrt(sum(weight * sd * sd for weight, sd in weighed) / freedom) if freedom else None
 
@@ -59,7 +62,7 @@ def difference(table: list[dict[str, Any]], one: str, other: str, measure: str =
     a, b = by_name.get(one), by_name.get(other)
     if a is None or b is None or a[measure] is None or b[measure] is None:
         return None
-    sd = noise(table, measure)
+    sd = noise(table, measure, a["group"] == "masked")
     gap = a[measure] - b[measure]
     error = None if sd is None else sd * math.sqrt(1 / a["seeds"] + 1 / b["seeds"])
     sign = 0 if error is None or abs(gap) <= CERTAIN * error else int(math.copysign(1, gap))
