@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-OURS = "moesaic"
+from moesaic.view import implementation
 
 
 class CheapExperts(nn.Module):
@@ -32,7 +32,7 @@ class CheapExperts(nn.Module):
         own: Any = self
         experts, constants = own.down_proj.shape[0], len(self.mix_C2D)
         here_TK = (ids_TK >= 0) & (ids_TK < experts)
-        skips = getattr(own.config, "_experts_implementation", None) == OURS
+        skips = getattr(own.config, "_experts_implementation", None) == implementation.NAME
         # The bank's own call; `super()` is the class that transformers gave it.
         y_TD = super().forward(x_TD, ids_TK.where(here_TK, -1 if skips else 0), weights_TK * here_TK)
         cheap_TX = x_TD.new_zeros(len(x_TD), constants + self.copies + 1)

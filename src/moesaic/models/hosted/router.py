@@ -18,9 +18,7 @@ from moesaic.core.recompute import recomputing
 from moesaic.core.routing import Routing
 from moesaic.models.hosted.calls import Calls
 from moesaic.routing.router import Router
-
-OURS = "moesaic"
-"""The experts implementation that skips empty slots; any other is given expert 0 at weight 0 in their place."""
+from moesaic.view import implementation
 
 
 class HostedRouter(nn.Module):
@@ -62,8 +60,8 @@ class HostedRouter(nn.Module):
         self.calls.routings[self.layer] = self._balanced(routing, Scope(ctx.mask, ctx.sequence_ids))
         assert routing.experts_TK is not None and routing.weights_TK is not None, "checked when it was installed"
         ids_TK, weights_TK = routing.experts_TK, routing.weights_TK
-        if getattr(self.config, "_experts_implementation", None) != OURS and self.rows == self.num_experts:
-            ids_TK = ids_TK.clamp(min=0)  # its weight is 0
+        if getattr(self.config, "_experts_implementation", None) != implementation.NAME and self.rows == self.num_experts:
+            ids_TK = ids_TK.clamp(min=0)  # only our kernels skip an empty slot; its weight is 0
         parts = {"logits": routing.logits_TE[:, : self.num_experts], "weights": weights_TK, "ids": ids_TK}
         return tuple(parts[name] if name == "ids" else parts[name].to(x_TD.dtype) for name in self.order)
 
