@@ -65,6 +65,15 @@ def test_trains_any_router_and_the_folder_reloads(reference, fields, balance):
     assert whole < 0.95 * bits_per_byte_at_start(reference, trainer)
 
 
+@pytest.mark.parametrize(("layer", "loss"), [("deepseekmoe", "switch"), ("maestro", "lasso")])
+def test_layers_that_bring_their_own_losses_train(reference, layer, loss):
+    reference["model"] |= {"layer": layer}
+    Trainer(TrainConfig(**{**reference, "balance": {}}), QUIET).run()
+    log = records(reference["out"])
+    assert log[-1]["loss"] < log[0]["loss"] - 0.3
+    assert all(record[loss] > 0 for record in log)
+
+
 def bits_per_byte_at_start(reference, trainer):
     torch.manual_seed(1)
     fresh = AutoModelForCausalLM.from_config(trainer.model.config).eval()

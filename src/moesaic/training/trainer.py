@@ -138,14 +138,13 @@ class Trainer:
         own = config.batch_size // self.processes.world
         total, loads = 0.0, []
         parts: dict[str, float] = {}
-        coefficients = {**self.balance.coefficients, "consistency": config.consistency / 2}  # the paper's sum, halved
         for micro in range(config.accumulate):
             first = (step * config.accumulate + micro) * config.batch_size + self.processes.rank * own
             with parallel.gathering(self.objective, last=micro == config.accumulate - 1):
                 cross_entropy, losses, load = self.loss(self.train_data.rows(first, own))
                 objective = cross_entropy
                 for name, value in losses.items():
-                    objective = objective + coefficients[name] * value
+                    objective = objective + self._coefficient(name) * value
                     parts[name] = parts.get(name, 0.0) + value.item() / config.accumulate
                 (objective / config.accumulate).backward()
             total += cross_entropy.item() / config.accumulate
@@ -165,6 +164,12 @@ class Trainer:
         if loads[0]:
             record |= load_facts(self._shares(loads))
         return record
+
+    def _coefficient(self, name: str) -> float:
+        """Of one of the losses of the last forward; a layer's own ones (deepseekmoe, maestro) are known only after it."""
+        return (
+            self.config.consistency / 2 if name == "consistency" else self.balance.coefficients[name]
+        )  # the paper's sum, halved
 
     def _shares(self, loads: list[list[Tensor]]) -> list[Tensor]:
         """Each layer's load, averaged over micro-steps and processes."""
