@@ -60,6 +60,7 @@ def test_two_processes_are_one(recipe, tmp_path, kind, fields, balance, accumula
     Trainer(TrainConfig(**alone), QUIET).run()
     done = torchrun(recipe, tmp_path, "--set", "steps=8", "--set", "warmup=2")
     assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("8 steps") == 1, "one process speaks"
     done = torchrun(recipe, tmp_path)  # goes on: shards are read as well as written
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stderr.count("wrote ") == 1, "one process writes"
@@ -89,6 +90,14 @@ def test_one_process_needs_no_group(recipe):
     processes.wait()
     tensor = torch.ones(2)
     assert parallel.whole(tensor) is tensor and parallel.cut_like(tensor, torch.zeros(2)) is tensor
+
+
+def test_spawning_is_refused_where_experts_are_in_pieces(recipe, monkeypatch):
+    monkeypatch.setattr(Processes, "join", classmethod(lambda cls, device: (cls(0, 2), device)))
+    monkeypatch.setattr(Processes, "wait", lambda self: None)
+    fields = {"model": MODEL, "parallel": "fsdp", "spawn": {"at": 3}, "balance": {}}
+    with pytest.raises(BadInput, match="spawn: copies whole experts"):
+        Trainer(TrainConfig(**{**recipe, **fields}), QUIET)
 
 
 def test_a_batch_that_does_not_divide_is_refused(recipe, monkeypatch):

@@ -35,6 +35,9 @@ def train(
     except Interrupted as stop:
         print(f"moesaic train: {stop}; run the same command to resume", file=sys.stderr)
         raise typer.Exit(130) from None
+    trainer.processes.leave()
+    if not trainer.processes.first:  # under torchrun one process speaks
+        return
     last = trainer.last
     done = {
         "out": str(trainer.out),

@@ -54,6 +54,11 @@ class Processes:
         dist.all_reduce(total)
         return total.tolist()
 
+    def leave(self) -> None:
+        """Nothing is left to say to the others."""
+        if self.world > 1 and dist.is_initialized():
+            dist.destroy_process_group()
+
     def wait(self) -> None:
         """Until all have come here."""
         if self.world > 1:

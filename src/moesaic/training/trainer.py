@@ -61,6 +61,8 @@ class Trainer:
         self.head = None if self.masked else plain_head(self.model)
         self.balance = balance_of(self.model, config.balance, config.balance_scope)
         self.phases = Phases(config, self.model)
+        if config.spawn and config.parallel == "fsdp" and self.processes.world > 1:
+            raise BadInput("spawn: copies whole experts, which parallel: fsdp has in pieces; use parallel: ddp")
         self.objective = parallel.spread(self.model, self.local_loss, config.parallel, self.processes, self.device)
         self.optimizer = build.build_optimizer(config, self.model)
         torch.manual_seed(config.seed + 1_000_003 * self.processes.rank)
