@@ -114,7 +114,7 @@ def test_a_killed_cell_is_a_failure_and_the_budget_ends_a_sweep(sweep_file, tmp_
     cell = cell_process(process.pid)
     os.kill(cell, signal.SIGKILL)
     out, error = process.communicate(timeout=60)
-    assert process.returncode == 1, error
+    assert process.returncode == 1 and out, error
     assert "killed by SIGKILL" in json.loads(out)["rows"][0]["errors"][0]
     assert log.exists()
     code, told, error = run(path, "--retry", "--budget", "12s")

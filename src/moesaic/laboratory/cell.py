@@ -77,10 +77,7 @@ def run_cell(cell: Cell, out: Path, goal: dict[str, Any] | None) -> None:
     """
     folder = out / f"{cell.key}-{cell.fingerprint}"
     torch.set_num_threads(cell.recipe.get("threads") or 1)
-    told: dict[str, Any] = {
-        "cell": cell.key, "name": cell.name, "group": cell.group, "seed": cell.seed, "fingerprint": cell.fingerprint,
-        "changes": cell.changes,
-    }  # fmt: skip
+    told = cell.facts
     try:
         told |= {"status": "done", **_trained(cell, folder, out, goal)}
     except Interrupted:

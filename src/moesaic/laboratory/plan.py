@@ -61,6 +61,12 @@ class Cell:
         return hashlib.sha256(told.encode()).hexdigest()[:12]
 
     @property
+    def facts(self) -> dict[str, Any]:
+        """What every result says of its cell."""
+        told = {"cell": self.key, "name": self.name, "group": self.group, "seed": self.seed}
+        return {**told, "fingerprint": self.fingerprint, "changes": self.changes}
+
+    @property
     def tokens_key(self) -> str:
         told = json.dumps([self.recipe.get(name) for name in SHARED])
         return hashlib.sha256(told.encode()).hexdigest()[:12]

@@ -128,7 +128,7 @@ class Sweep:
         result = read_result(self.folder, state.cell) if code == 0 else None
         if result is None:
             why = f"killed by {signal.Signals(-code).name}" if code is not None and code < 0 else f"exit code {code}"
-            result = {"status": "failed", "error": f"the cell's process ended without a result ({why})"}
+            result = {**state.cell.facts, "status": "failed", "error": f"the cell's process ended without a result ({why})"}
         state.status, state.result = result["status"], result
 
     def _stop(self, running: list[State]) -> None:
