@@ -10,7 +10,8 @@ from __future__ import annotations
 import numba
 import numpy as np
 
-from moesaic.kernels.compiled.at import bf16_at, fp32_at, int64_at
+from moesaic.kernels.compiled.at import bf16_at
+from moesaic.kernels.compiled.choice import sorted_choice
 from moesaic.kernels.compiled.code_dot import LANES, ROWS, dot
 from moesaic.kernels.compiled.many import rounded
 from moesaic.kernels.compiled.row_dot import widen
@@ -161,25 +162,13 @@ def one_token(x_at, ids_at, weights_at, slots, table_E6, forms_F4, x_words, a_wo
 
     False, and nothing done, where an expert is chosen twice or none is.
     """
-    ids_K, weights_K = int64_at(ids_at, 1, slots)[0], fp32_at(weights_at, 1, slots)[0]
-    spans_P3, weight_S, hit = np.empty((slots, 3), np.int64), np.empty(slots, np.float32), 0
-    for k in range(slots):  # sorted by expert, ids outside the bank left out
-        e, at = ids_K[k], hit
-        if e < 0 or e >= table_E6.shape[0]:
-            continue
-        while at > 0 and spans_P3[at - 1, 0] > e:
-            spans_P3[at, 0], weight_S[at] = spans_P3[at - 1, 0], weight_S[at - 1]
-            at -= 1
-        if at > 0 and spans_P3[at - 1, 0] == e:
-            return False
-        spans_P3[at, 0], weight_S[at] = e, weights_K[k]
-        hit += 1
-    if not hit:
+    spans_P3, weight_S = np.empty((slots, 3), np.int64), np.empty(slots, np.float32)
+    hit = sorted_choice(ids_at, weights_at, slots, table_E6.shape[0], spans_P3, weight_S)
+    if hit < 1:
         return False
     table_P6 = np.empty((hit, 6), np.int64)
     for p in range(hit):
         table_P6[p] = table_E6[spans_P3[p, 0]]
-        spans_P3[p, 1], spans_P3[p, 2] = p, p + 1
     x_D, y_D = bf16_at(x_at, 1, width)[0], bf16_at(y_at, 1, width)[0]
     x_1D, sum_1D, a_SI = np.empty((1, width), np.float32), np.zeros((1, width), np.float32), np.empty((hit, inner), np.float32)
     for d in range(width):

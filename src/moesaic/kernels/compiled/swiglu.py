@@ -9,7 +9,8 @@ from __future__ import annotations
 import numba
 import numpy as np
 
-from moesaic.kernels.compiled.at import bf16_at, bf16_stack_at, fp32_at, int64_at
+from moesaic.kernels.compiled.at import bf16_at, bf16_stack_at
+from moesaic.kernels.compiled.choice import sorted_choice
 from moesaic.kernels.compiled.many import exp_of_minus, rounded
 from moesaic.kernels.compiled.row_dot import row_dot
 
@@ -49,23 +50,10 @@ def one_token(x_at, ids_at, weights_at, gate_up_at, down_at, y_at, slots, expert
 
     False, and nothing done, where an expert is chosen twice: its pairs would belong to the pass for many rows.
     """
-    ids_K, weights_K = int64_at(ids_at, 1, slots)[0], fp32_at(weights_at, 1, slots)[0]
     spans_P3, weight_S = np.empty((slots, 3), np.int64), np.empty(slots, np.float32)
-    hit = 0
-    for k in range(slots):  # sorted as they come; ids outside are empty slots
-        e = ids_K[k]
-        if e < 0 or e >= experts:
-            continue
-        at = hit
-        while at > 0 and spans_P3[at - 1, 0] > e:
-            spans_P3[at, 0], weight_S[at] = spans_P3[at - 1, 0], weight_S[at - 1]
-            at -= 1
-        if at > 0 and spans_P3[at - 1, 0] == e:
-            return False
-        spans_P3[at, 0], weight_S[at] = e, weights_K[k]
-        hit += 1
-    for p in range(hit):
-        spans_P3[p, 1], spans_P3[p, 2] = p, p + 1
+    hit = sorted_choice(ids_at, weights_at, slots, experts, spans_P3, weight_S)
+    if hit < 0:
+        return False
     sum_1D, y_D = np.zeros((1, width), np.float32), bf16_at(y_at, 1, width)[0]
     h_SH, a_SI = np.empty((hit, 2 * inner), np.float32), np.empty((hit, inner), np.uint16)
     gate_up_EHD, down_EDI = bf16_stack_at(gate_up_at, experts, 2 * inner, width), bf16_stack_at(down_at, experts, width, inner)

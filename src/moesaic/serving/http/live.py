@@ -66,6 +66,9 @@ def page_of(package: str) -> Response:
 def _page(package: str) -> tuple[str, str]:
     """The page and its policy: its own script and style by their hashes, and requests to this server only."""
     text = resources.files(package).joinpath("page.html").read_text(encoding="utf-8")
+    for name in ("live.css", "live.js"):  # what live pages share stands where a comment names it
+        shared = resources.files("moesaic.serving.http").joinpath(name).read_text(encoding="utf-8")
+        text = text.replace(f"/* {name} */\n", shared)
 
     def hashes(tag: str) -> str:
         bodies = re.findall(rf"<{tag}>(.*?)</{tag}>", text, re.DOTALL)
