@@ -28,7 +28,7 @@ def test_a_port_that_is_taken(moesaic):
         (("--api-key-file", "no.txt"), "no.txt: No such file"), (("--host", "no such host", "--port", 0), "no such host"),
         (("--max-context", 1), "--max-context 1"), (("--memory", "x"), "--memory 'x'"), (("--resident", 2), "--resident 2"),
         (("--policy", "slru"), "--policy is about experts on disk"),
-        (("--resident", 0.5, "--device", "cuda"), "experts stream to the CPU only"),
+        (("--resident", 0.5, "--device", "cuda"), "need --device-memory"),
     ],
 )  # fmt: skip
 def test_bad_options_are_one_line(moesaic, options, complaint):
