@@ -55,8 +55,9 @@ class Processes:
         return total.tolist()
 
     def leave(self) -> None:
-        """Nothing is left to say to the others."""
+        """Nothing is left to say to the others: all leave together, or a group would end under one that still uses it."""
         if self.world > 1 and dist.is_initialized():
+            dist.barrier()
             dist.destroy_process_group()
 
     def wait(self) -> None:
