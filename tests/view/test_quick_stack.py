@@ -21,6 +21,7 @@ from moesaic.kernels.few_rows import available
 from moesaic.view import load
 from moesaic.view.quantize import quantize_model
 from moesaic.view.quick import quicken
+from moesaic.view.quick_attention import one_more
 
 pytestmark = pytest.mark.skipif(not available(), reason="Numba is not installed")
 
@@ -204,6 +205,7 @@ def test_replaced_weights_count():
     for change in (
         lambda m: negate(m.model.layers[1].mlp.gate),
         lambda m: negate(m.model.layers[2].self_attn.q_proj),
+        lambda m: setattr(m.model.layers[0], "mlp", copy.deepcopy(m.model.layers[2].mlp)),
         lambda m: quantize_model(m, "int8:linear=8"),
     ):
         change(model)
@@ -211,6 +213,18 @@ def test_replaced_weights_count():
         quicken(fresh)
         assert torch.equal(steps(model, IDS[:, :8])[0], steps(fresh, IDS[:, :8])[0])
     assert model.model.quick_plan.step.suits
+
+
+def test_layers_whose_caches_have_other_room():
+    model = made()
+    quicken(model)
+    _, cache = steps(model, IDS[:, :20])
+    layer = cache.layers[1]
+    layer.keys, layer.values = layer.keys.clone(), layer.values.clone()  # this one grows again, and from another length
+    twin = copy.deepcopy(cache)
+    got = steps(model, IDS[:, 20:60], cache, prompt=1)[0]
+    assert torch.equal(got, steps(without_stack(model), IDS[:, 20:60], twin, prompt=1)[0])
+    assert len({one_more(held)[0].shape[2] for held in cache.layers}) == 2
 
 
 def test_generate_says_the_same():

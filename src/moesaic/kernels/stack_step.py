@@ -82,7 +82,7 @@ class StackStep:
             a = layer.attention
             norms = [0 if norm is None else norm.data_ptr() for norm in (a.q_norm, a.k_norm)]
             plain = [0, 0] if isinstance(layer.experts, QuantizedBank) else [weight.data_ptr() for weight in layer.experts]
-            rows.append([layer.norm.data_ptr(), layer.second_norm.data_ptr(), *norms, layer.router.data_ptr(), 0, 0, *plain])
+            rows.append([layer.norm.data_ptr(), layer.second_norm.data_ptr(), *norms, layer.router.data_ptr(), 0, 0, *plain, 0])
             matrices.append([matrix.row_6 for matrix in (a.q, a.k, a.v, a.o)])
             tables.append(layer.experts.table[0] if isinstance(layer.experts, QuantizedBank) else np.zeros((1, 6), np.int64))
         forms, x_words, a_stride = np.zeros((1, 4), np.int64), 32, 64
@@ -94,14 +94,14 @@ class StackStep:
     def __call__(
         self, x_1D: Tensor, cos_W: Tensor, sin_W: Tensor, caches: Sequence[tuple[Tensor, Tensor]], length: int
     ) -> Tensor:  # fmt: skip
-        """The hidden state after the last layer, of x's shape. A layer's keys and values are contiguous [G, room, W], of one
-        room for all; position `length` - 1 is written."""
+        """The hidden state after the last layer, of x's shape. A layer's keys and values are contiguous [G, room, W], with
+        a room of its own; position `length` - 1 is written."""
         from moesaic.kernels.compiled import pool
         from moesaic.kernels.compiled.stack_step import run
 
         layers_LC, matrices, tables, forms, words, x_words, a_stride = self._fixed
         layers_LC = layers_LC.copy()
-        layers_LC[:, 5:7] = [(keys.data_ptr(), values.data_ptr()) for keys, values in caches]
+        layers_LC[:, [5, 6, 9]] = [(keys.data_ptr(), values.data_ptr(), keys.shape[-2]) for keys, values in caches]
         a, first = self.layers[0].attention, self.layers[0]
         experts, dim = first.router.shape
         inner = (
@@ -116,7 +116,7 @@ class StackStep:
             scratch("codes_x", 1, x_words, torch.int16)[0].numpy(),
             scratch("codes_prepared", 1, self.slots * a_stride // 2, torch.int16)[0].numpy(), a_stride,
             a.q_norm is not None and a.q_norm.numel() == a.width, self.eps, a.eps, cos_W.data_ptr(), sin_W.data_ptr(),
-            caches[0][0].shape[-2], length, a.heads, a.groups, a.width, dim, a.scale, experts, self.slots, inner,
+            length, a.heads, a.groups, a.width, dim, a.scale, experts, self.slots, inner,
             self.normalise, self.round_weights, held.data_ptr(), logits_E.data_ptr(), weights_K.data_ptr(), ids_K.data_ptr(),
             pool.join(),
         )  # fmt: skip

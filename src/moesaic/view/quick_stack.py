@@ -42,7 +42,7 @@ def quicken_stack(model: Any) -> bool:
         layers = None if args else _own_step(self, kwargs)
         if layers is None:
             return own.forward(self, *args, **kwargs)
-        if self.quick_plan.stale():  # weights were replaced
+        if self.quick_plan.stale():
             self.__class__ = own
             quicken_stack(self)
             return self(*args, **kwargs)
@@ -65,6 +65,7 @@ class _Plan:
         self.hooks = [hooks for module in parts for hooks in (module._forward_hooks, module._forward_pre_hooks)]
         self.weights = [(m._parameters, name) for m in parts for name, held in m._parameters.items() if held is not None]
         self.at = self._addresses()
+        self.tree = [(m._modules, name, part) for m in [inner.layers, *parts] for name, part in m._modules.items()]
 
     @classmethod
     def of(cls, inner: Any) -> _Plan | None:
@@ -88,7 +89,8 @@ class _Plan:
         return [weights[name].data_ptr() for weights, name in self.weights]
 
     def stale(self) -> bool:
-        return self._addresses() != self.at
+        """Whether a weight or a module was replaced since."""
+        return self._addresses() != self.at or any(held.get(name) is not part for held, name, part in self.tree)
 
     def output(self, ids_11: Tensor, positions_11: Tensor | None, cache: Any, layers: list[Any]) -> Any:
         inner = self.inner[0]

@@ -2,7 +2,7 @@
 
 Shape legend: L layers, D model width, E experts, K slots, F packings. Columns of `layers_LC`, addresses and flags of a layer:
 0 and 1 its two norms, 2 and 3 the norms of queries and keys (0: none), 4 the router's matrix, 5 and 6 the caches of keys
-and values, 7 and 8 gate_up and down in bf16 (0: experts are codes, see `table_LE6`).
+and values, 7 and 8 gate_up and down in bf16 (0: experts are codes, see `table_LE6`), 9 the room of its caches in positions.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def _add(x_at, y_at, width):
 @numba.njit(error_model="numpy", cache=True)
 def run(
     x_at, layers_LC, matrices_L46, table_LE6, forms_F4, words, x_words, a_words, a_stride, norm_heads, eps, head_eps, cos_at,
-    sin_at, room, length, heads, groups, head_width, dim, scale, experts, slots, inner, normalise, round_weights, held_at,
+    sin_at, length, heads, groups, head_width, dim, scale, experts, slots, inner, normalise, round_weights, held_at,
     logits_at, weights_at, ids_at, parts,
 ):  # fmt: skip
     """x [D], in place, through every layer. `held_at`: room for two rows and for what attention_step holds."""
@@ -39,7 +39,7 @@ def run(
         at = layers_LC[layer]
         norm(x_at, at[0], normed_at, 1, dim, eps)
         attention_step(
-            normed_at, matrices_L46[layer], words, at[2], at[3], norm_heads, head_eps, cos_at, sin_at, at[5], at[6], room,
+            normed_at, matrices_L46[layer], words, at[2], at[3], norm_heads, head_eps, cos_at, sin_at, at[5], at[6], at[9],
             length, heads, groups, head_width, dim, scale, attention_at, y_at, parts,
         )  # fmt: skip
         _add(x_at, y_at, dim)
