@@ -64,6 +64,15 @@ TESTED = {
     "lossy": "tests/serving/test_lossy.py",
     "policies": "tests/trace/policies, tests/matrix/test_policies.py",
     "statistics": "tests/trace/statistics, tests/cli/test_analyze.py",
+    "prune": "tests/surgery/prune",
+    "merge": "tests/surgery/merge",
+    "compress": "tests/surgery/compress",
+    "quantize": "tests/surgery/quantize",
+    "upcycle": "tests/surgery/upcycle",
+    "distill": "tests/surgery/distill",
+    "unlearn": "tests/surgery/unlearn",
+    "edit": "tests/surgery/edit",
+    "steering": "tests/steering",
     "orchestration": "tests/orchestration",
 }
 

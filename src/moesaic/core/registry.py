@@ -27,6 +27,15 @@ FAMILIES = {
     "policies": "moesaic.trace.policies",
     "lossy": "moesaic.serving.streamed.lossy",
     "statistics": "moesaic.trace.statistics",
+    "prune": "moesaic.surgery.prune",
+    "merge": "moesaic.surgery.merge",
+    "compress": "moesaic.surgery.compress",
+    "quantize": "moesaic.surgery.quantize",
+    "upcycle": "moesaic.surgery.upcycle",
+    "distill": "moesaic.surgery.distill",
+    "unlearn": "moesaic.surgery.unlearn",
+    "edit": "moesaic.surgery.edit",
+    "steering": "moesaic.steering",
     "orchestration": "moesaic.orchestration",
 }
 """Family name -> package whose modules may register methods. A new family is one line here."""

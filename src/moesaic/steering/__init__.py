@@ -1,0 +1,1 @@
+"""Steering: the same weights, other behaviour; an option of a request, never of a checkpoint."""

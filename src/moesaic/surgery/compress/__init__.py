@@ -1,0 +1,1 @@
+"""Compress: the same experts in fewer numbers: factors, shared bases, fewer neurons."""

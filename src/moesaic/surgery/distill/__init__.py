@@ -1,0 +1,1 @@
+"""Distil: train a student on what a teacher says."""

@@ -1,0 +1,1 @@
+"""Edit: other routers, other experts, small trained parts in a trained model."""

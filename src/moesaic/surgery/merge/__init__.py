@@ -1,0 +1,1 @@
+"""Merge: several experts become one."""

@@ -1,0 +1,1 @@
+"""Prune: fewer experts, chosen by what a text showed."""

@@ -1,0 +1,1 @@
+"""Quantise: fewer bits per weight, allocated or calibrated."""

@@ -1,0 +1,1 @@
+"""Unlearn: make a model forget a text and keep the rest."""

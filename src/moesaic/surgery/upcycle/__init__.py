@@ -1,0 +1,1 @@
+"""Upcycle: dense models into a Mixture-of-Experts, and back."""
