@@ -11,9 +11,9 @@ from safetensors.torch import load_file, save_file
 
 from moesaic.core.errors import BadInput
 from moesaic.serving.streamed import load_streamed
-from moesaic.serving.streamed.fp8 import widen
 from moesaic.serving.streamed.packing import pack
 from moesaic.view import load, quiet
+from moesaic.view.skeleton.fp8 import widen
 
 BLOCK = 32
 

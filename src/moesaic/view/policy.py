@@ -1,4 +1,4 @@
-"""A routing policy for one call: other k, experts left out, a bias on selection, forced experts, or any function.
+"""A routing policy for one call: what the router sees, what it selects, and what becomes of the finished choice.
 
 A policy never rebuilds an architecture's weights. The router runs again with what its *selection* sees altered, so the
 gathering, renormalising and scaling afterwards are the architecture's own code. Three kinds of router exist:
@@ -14,21 +14,27 @@ In group-limited routers a mask also holds where groups are scored: a masked exp
 with none left comes last. Experts outside the chosen groups are taken only where the mask leaves too few inside.
 
 Bias is in the units that the selection sees: the router's scores (probabilities, sigmoids or logits), as in
-bias-balanced training.
+bias-balanced training. `logits` and `probs` act earlier: on the product that scores the experts, before any softmax or
+sigmoid, so that weights follow them too; gradients flow through both. `threshold` and `fn` act last, on the finished
+routing, and so on any block whatever its router (view/slots.py).
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from moesaic.core.errors import BadInput
+
+VALUES = ("k", "mask", "without", "bias", "force", "rank", "logits", "probs", "threshold")
+"""Fields of a policy that are a value per block."""
 
 PerBlock = Any
 """A value for every block, or a mapping from layer number or block name to a value."""
@@ -44,7 +50,13 @@ class Policy:
         without: expert ids that are never chosen (a shorter way to say mask).
         bias: float [E], or [blocks, E]: added to what the selection sees, not to the weights.
         force: int [T, K]: exactly these experts, weighted the architecture's own way.
+        rank: only the rank-th best expert of the selection (1 = the best), weighted the architecture's own way.
+        logits: float [E], or [blocks, E]: added to the router's logits, before softmax or sigmoid; may require gradients.
+        probs: float [E], or [blocks, E]: stands in for the softmax of the logits, before top-k; may require gradients.
+            Only routers that score by softmax over their experts.
+        threshold: 0 to 1: slots with a smaller share of the token's weight are emptied, the others take it over.
         fn: fn(routing, block) -> Routing or None, after all of the above.
+        at: "all" tokens, or only the "last" one of each row of the call; then give `rows`, one policy per row.
     """
 
     k: PerBlock = None
@@ -52,7 +64,32 @@ class Policy:
     without: PerBlock = None
     bias: PerBlock = None
     force: PerBlock = None
+    rank: PerBlock = None
+    logits: PerBlock = None
+    probs: PerBlock = None
+    threshold: PerBlock = None
     fn: Callable[..., Any] | None = None
+    at: Literal["all", "last"] = "all"
+
+    def both(self, other: Policy) -> Policy:
+        """This policy and another as one; functions run in order. Raises BadInput for a field that both set."""
+        fields: dict[str, Any] = {}
+        for name in VALUES:
+            mine, its = getattr(self, name), getattr(other, name)
+            if mine is not None and its is not None:
+                raise BadInput(f"policy: {name} is set twice, by two things that steer this request; leave one out")
+            fields[name] = its if mine is None else mine
+        if self.at != other.at and self != Policy(at=self.at) and other != Policy(at=other.at):
+            raise BadInput("policy: one steers the last token only and one all of them; leave one out")
+        first, second = self.fn, other.fn
+
+        def fn(routing: Any, block: Any) -> Any:
+            changed = None if first is None else first(routing, block)
+            again = None if second is None else second(routing if changed is None else changed, block)
+            return changed if again is None else again
+
+        at = "last" if "last" in (self.at, other.at) else "all"
+        return Policy(**fields, fn=fn if first and second else first or second, at=at)
 
 
 @dataclass(frozen=True)
@@ -63,18 +100,41 @@ class Choice:
     allow_E: Tensor | None = None
     bias_E: Tensor | None = None
     force_TK: Tensor | None = None
+    rank: int | None = None
+    logits_E: Tensor | None = None
+    probs_E: Tensor | None = None
+    threshold: float | None = None
     fn: Callable[..., Any] | None = None
+    last: bool = False
+
+    @property
+    def picks(self) -> bool:
+        """Whether the selection itself changes."""
+        return any(value is not None for value in (self.k, self.allow_E, self.bias_E, self.force_TK, self.rank))
+
+    @property
+    def scores(self) -> bool:
+        """Whether what the experts score changes."""
+        return self.logits_E is not None or self.probs_E is not None
 
     @property
     def selects(self) -> bool:
-        return any(value is not None for value in (self.k, self.allow_E, self.bias_E, self.force_TK))
+        """Whether the router has to run again."""
+        return self.picks or self.scores
+
+    @property
+    def finishes(self) -> bool:
+        """Whether the finished routing changes."""
+        return self.threshold is not None or self.fn is not None
 
 
 def resolve(policy: Policy | None, blocks: Sequence[Any]) -> list[Choice]:
     """One Choice per block. Raises BadInput for wrong sizes, unknown layers and impossible k."""
     if policy is None:
         return [Choice() for _ in blocks]
-    for field in ("k", "mask", "without", "bias", "force"):
+    if policy.at not in ("all", "last"):
+        raise BadInput(f"policy at: {policy.at!r}: all or last")
+    for field in VALUES:
         value = getattr(policy, field)
         if isinstance(value, Mapping):
             unknown = [key for key in value if not any(key in (block.name, block.layer) for block in blocks)]
@@ -100,6 +160,12 @@ def _resolve_block(policy: Policy, block: Any, index: int, count: int) -> Choice
             raise BadInput(f"policy {what}: {block.name} has {experts} experts, given {list(tensor.shape)}")
         return tensor.to(dtype)
 
+    def number(value: Any, what: str, kind: type, fits: Callable[[Any], bool], expected: str) -> Any:
+        value = pick(value)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int | kind) or not fits(value)):
+            raise BadInput(f"policy {what}: {value!r} for {block.name}: {expected}")
+        return value
+
     experts = block.num_experts
     allow_E = row(policy.mask, "mask", torch.bool)
     without = pick(policy.without)
@@ -115,11 +181,25 @@ def _resolve_block(policy: Policy, block: Any, index: int, count: int) -> Choice
         force_TK = torch.as_tensor(force_TK, dtype=torch.long)
         if force_TK.dim() != 2 or not 0 <= int(force_TK.min()) <= int(force_TK.max()) < experts:
             raise BadInput(f"policy force: {block.name} takes ids [T, K] within 0 to {experts - 1}")
-    if k is not None or allow_E is not None:
-        wanted, usable = k if k is not None else block.top_k, experts if allow_E is None else int(allow_E.sum())
+    usable = experts if allow_E is None else int(allow_E.sum())
+    rank = number(policy.rank, "rank", int, lambda n: 1 <= n <= usable, f"1 to {usable}, the experts it can rank")
+    if rank is not None and (k is not None or force_TK is not None):
+        raise BadInput("policy: rank says which one expert a token takes: leave k and force out")
+    if rank is None and (k is not None or allow_E is not None):
+        wanted = k if k is not None else block.top_k
         if not 1 <= wanted <= usable:
             raise BadInput(f"policy: {block.name} cannot choose {wanted} experts per token of {usable} usable ones")
-    choice = Choice(k, allow_E, row(policy.bias, "bias", torch.float32), force_TK, policy.fn)
+    logits_E, probs_E = row(policy.logits, "logits", torch.float32), row(policy.probs, "probs", torch.float32)
+    if probs_E is not None:
+        if logits_E is not None:
+            raise BadInput("policy: probs replace what logits add to: leave one out")
+        if bool((probs_E < 0).any()) or not abs(float(probs_E.sum()) - 1) <= 1e-3:
+            raise BadInput(f"policy probs: those for {block.name} must not be negative, and sum to 1")
+    threshold = number(policy.threshold, "threshold", float, lambda share: 0 <= share <= 1, "a share from 0 to 1")
+    choice = Choice(
+        k, allow_E, row(policy.bias, "bias", torch.float32), force_TK, rank, logits_E, probs_E, threshold, policy.fn,
+        policy.at == "last",
+    )  # fmt: skip
     if choice.selects and block.router is None:
         raise BadInput(f"policy: {block.name} has no separate router; use fn=, which sees the finished routing")
     return choice
@@ -131,14 +211,20 @@ def rerun(router: nn.Module, args: tuple, kwargs: dict, output: Any, choice: Cho
     if choice.force_TK is not None and choice.force_TK.shape[0] != ids_TK.shape[0]:
         raise BadInput(f"policy force: ids for {choice.force_TK.shape[0]} tokens, the call has {ids_TK.shape[0]}")
     k = choice.k if choice.force_TK is None else choice.force_TK.shape[1]
+    k = 1 if choice.rank is not None else k
     twin: Any = copy.copy(router)  # shares parameters; lets code that reads self.top_k see the other k, in this call only
     if k is not None and isinstance(getattr(twin, "top_k", None), int):
         twin.top_k = k
     selection = _Selection(choice, k, num_experts, ids_TK.shape[1])
-    with selection:
+    scoring = _Scoring(choice, num_experts, _classes(output, num_experts)) if choice.scores else nullcontext()
+    with scoring, selection:
         changed = type(router).forward(twin, *args, **kwargs)
-    if selection.hits:
+    if isinstance(scoring, _Scoring):
+        scoring.check(type(router).__name__)
+    if selection.hits or not choice.picks:
         return changed
+    if choice.scores:
+        raise BadInput(f"policy: {type(router).__name__} selects by no top-k: logits and probs go with no other field there")
     if selection.table is not None:
         return _replace(changed, ids_at(changed), selection.table.reshape(-1, selection.table.shape[-1]))
     return _through_logits(router, args, kwargs, choice, k, num_experts, ids_TK.shape[1])
@@ -150,6 +236,13 @@ def ids_at(output: Any) -> int:
         if isinstance(part, Tensor) and not part.is_floating_point() and part.dim() == 2:
             return i
     raise BadInput("policy: this router returns no expert ids; use fn=, which sees the finished routing")
+
+
+def _classes(output: Any, num_experts: int) -> int:
+    """How many rows the router scores: its experts, and classes of its own (such as "skip") where it has some."""
+    first = output[0] if isinstance(output, tuple | list) else output
+    wide = isinstance(first, Tensor) and first.is_floating_point() and first.shape[-1] >= num_experts
+    return first.shape[-1] if wide else num_experts
 
 
 def _replace(output: Any, at: int, part: Tensor) -> tuple:
@@ -185,6 +278,8 @@ class _Selection(TorchFunctionMode):
         self.hits += 1
         if self.choice.force_TK is not None:
             index = self.choice.force_TK.to(input.device).reshape(*input.shape[:-1], -1)
+        elif self.choice.rank is not None:
+            index = self._altered(input).topk(self.choice.rank, dim).indices[..., -1:]
         else:
             index = self._altered(input).topk(k if self.k is None else self.k, dim, largest, sorted).indices
         return torch.return_types.topk((input.gather(-1, index), index))
@@ -230,10 +325,40 @@ class _Selection(TorchFunctionMode):
             self.table = self.choice.force_TK.to(index.device)
         else:
             scores = self._altered(input.detach().float())
-            rank = torch.arange(index.shape[-1], 0, -1, device=index.device) * 1e6
-            first = torch.zeros_like(scores).scatter(-1, index, rank.to(scores.dtype).expand_as(index))
-            self.table = (scores + first).topk(index.shape[-1] if self.k is None else self.k, -1).indices
+            places = torch.arange(index.shape[-1], 0, -1, device=index.device) * 1e6
+            first = torch.zeros_like(scores).scatter(-1, index, places.to(scores.dtype).expand_as(index))
+            rank = self.choice.rank
+            ordered = (scores + first).topk(rank or (index.shape[-1] if self.k is None else self.k), -1).indices
+            self.table = ordered if rank is None else ordered[..., -1:]
         return func(input, dim, self.table, **kwargs)
+
+
+class _Scoring(TorchFunctionMode):
+    """Adds to the product that scores the experts, or puts the logarithm of other probabilities in its place."""
+
+    def __init__(self, choice: Choice, num_experts: int, classes: int) -> None:
+        super().__init__()
+        self.choice, self.num_experts, self.classes = choice, num_experts, classes
+        self.hits, self.softmax = 0, False
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if func in (torch.softmax, torch.Tensor.softmax, nn.functional.softmax):
+            self.softmax = True
+        if func is not nn.functional.linear or out.shape[-1] != self.classes:
+            return out
+        self.hits += 1
+        if self.choice.logits_E is not None:
+            return out + nn.functional.pad(self.choice.logits_E.to(out), (0, self.classes - self.num_experts))
+        assert self.choice.probs_E is not None
+        probs_E = self.choice.probs_E.to(out.device)
+        return probs_E.clamp(min=torch.finfo(torch.float32).tiny).log().to(out.dtype).expand_as(out)
+
+    def check(self, router: str) -> None:
+        if self.hits != 1:
+            raise BadInput(f"policy: the logits of {router} are not one product over its experts: logits and probs cannot be set")
+        if self.choice.probs_E is not None and (not self.softmax or self.classes != self.num_experts):
+            raise BadInput(f"policy probs: {router} does not score by a softmax over its experts alone; use logits or fn")
 
 
 class _Logits(TorchFunctionMode):
@@ -269,6 +394,8 @@ def _through_logits(
             raise BadInput(f"policy: the selection of {type(router).__name__} cannot be reached; use fn= instead")
         return output
 
+    if choice.rank is not None and choice.rank > top_k:
+        raise BadInput(f"policy: {type(router).__name__} always chooses {top_k} experts; rank may only be as large")
     if k is not None and (k > top_k or (choice.force_TK is not None and k != top_k)):
         raise BadInput(f"policy: {type(router).__name__} always chooses {top_k} experts; k may only be smaller")
     force_TK = choice.force_TK
@@ -280,6 +407,10 @@ def _through_logits(
         output = run(None, allow_TE.scatter(1, force_TK, True))
     else:
         output = run(None, choice.allow_E)
+    if choice.rank is not None and choice.rank <= top_k:
+        first = choice.rank - 1
+        shape = output[ids_at(output)].shape
+        return tuple(p[:, first : first + 1] if isinstance(p, Tensor) and p.shape == shape else p for p in output)
     if k is not None and k < top_k:
         shape = output[ids_at(output)].shape
         output = tuple(part[:, :k] if isinstance(part, Tensor) and part.shape == shape else part for part in output)

@@ -21,6 +21,7 @@ from moesaic.core.routing import Routing
 from moesaic.view import implementation
 from moesaic.view.policy import Choice as PolicyChoice
 from moesaic.view.policy import ids_at, rerun
+from moesaic.view.slots import below, empty, token_major
 
 if TYPE_CHECKING:
     from moesaic.view.block import Block
@@ -29,13 +30,6 @@ _lock = threading.Lock()
 _pending = threading.local()
 active: ContextVar[dict[int, Rows] | None] = ContextVar("moesaic_policy", default=None)
 """Per view (by id): the policies in force in this context."""
-
-
-def token_major(routing: Routing) -> tuple[Tensor, Tensor]:
-    """Ids and weights of a routing that has them, which every routing at an experts call does."""
-    assert routing.experts_TK is not None
-    assert routing.weights_TK is not None
-    return routing.experts_TK, routing.weights_TK
 
 
 class Choice(NamedTuple):
@@ -60,19 +54,30 @@ class Rows:
 
     def __init__(self, choices: list[list[PolicyChoice]], row_of: list[int], sequence_ids_T: Tensor | None = None) -> None:
         self.choices, self.row_of, self.sequence_ids_T = choices, row_of, sequence_ids_T
+        self.some_last = any(policy and policy[0].last for policy in choices)
 
     def policy_T(self, tokens: int, device: torch.device) -> Tensor | None:
-        """Policy number of each token; None when one policy holds for all."""
-        if len(self.choices) == 1:
+        """Policy number of each token; None when one policy holds for all. One past the last policy is "none of them"."""
+        if len(self.choices) == 1 and not self.some_last:
             return None
-        policy_B = torch.tensor(self.row_of, device=device)
+        row_T = self._row_T(tokens, device)
+        policy_T = torch.tensor(self.row_of, device=device)[row_T]
+        if not self.some_last:
+            return policy_T
+        at_T = torch.arange(tokens, device=device)
+        end_B = torch.zeros(len(self.row_of), dtype=torch.long, device=device).scatter_reduce(0, row_T, at_T, "amax")
+        only_T = torch.tensor([choices[0].last for choices in self.choices], device=device)[policy_T]
+        return policy_T.masked_fill(only_T & (at_T != end_B[row_T]), len(self.choices))
+
+    def _row_T(self, tokens: int, device: torch.device) -> Tensor:
+        rows = len(self.row_of)
         if self.sequence_ids_T is not None:
             if self.sequence_ids_T.numel() != tokens:
                 raise BadInput(f"policy: sequence_ids names {self.sequence_ids_T.numel()} tokens, the call has {tokens}")
-            return policy_B[self.sequence_ids_T.reshape(-1).to(device)]
-        if tokens % len(self.row_of):
-            raise BadInput(f"policy: {len(self.row_of)} rows given, but the call has {tokens} tokens; give sequence_ids")
-        return policy_B.repeat_interleave(tokens // len(self.row_of))
+            return self.sequence_ids_T.reshape(-1).to(device)
+        if tokens % rows:
+            raise BadInput(f"policy: {rows} rows given, but the call has {tokens} tokens; give sequence_ids")
+        return torch.arange(rows, device=device).repeat_interleave(tokens // rows)
 
 
 class Handle:
@@ -218,6 +223,8 @@ class Tap:
             outputs.append(steered)
         if policy_T is None:
             return outputs[0]
+        if rows.some_last:
+            outputs.append(output)
         return _stitch(outputs, policy_T, state)
 
     def _before_experts(self, module: Any, args: tuple, kwargs: dict) -> Any:
@@ -254,15 +261,14 @@ class Tap:
 
     def _policy_functions(self, routing: Routing) -> Routing:
         rows = self._rows()
-        if rows is None or all(choices[self.index].fn is None for choices in rows.choices):
+        if rows is None or not any(choices[self.index].finishes for choices in rows.choices):
             return routing
         policy_T = rows.policy_T(routing.tokens, routing.logits_TE.device)
-        results = []
-        for choices in rows.choices:
-            fn = choices[self.index].fn
-            results.append(routing if fn is None else self._checked(fn(routing, self.block), routing))
+        results = [self._finished(choices[self.index], routing) for choices in rows.choices]
         if policy_T is None:
             return results[0]
+        if rows.some_last:
+            results.append(routing)
         slots = [token_major(result) for result in results]
         width = max(ids_TK.shape[1] for ids_TK, _ in slots)
         merged_ids, merged_weights = None, None
@@ -272,6 +278,11 @@ class Tap:
             merged_ids = ids_TK if merged_ids is None else torch.where(mine_T1, ids_TK, merged_ids)
             merged_weights = weights_TK if merged_weights is None else torch.where(mine_T1, weights_TK, merged_weights)
         return routing.replace(experts_TK=merged_ids, weights_TK=merged_weights)
+
+    def _finished(self, choice: PolicyChoice, routing: Routing) -> Routing:
+        if choice.threshold is not None:
+            routing = empty(routing, below(routing, choice.threshold))
+        return routing if choice.fn is None else self._checked(choice.fn(routing, self.block), routing)
 
     def _checked(self, result: Any, routing: Routing) -> Routing:
         if result is None:

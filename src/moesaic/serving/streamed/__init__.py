@@ -15,7 +15,6 @@ from moesaic.serving.streamed.device_tier import DeviceTier
 from moesaic.serving.streamed.devices import Device
 from moesaic.serving.streamed.engine import GIVEN, Engine
 from moesaic.serving.streamed.layer import slot_bytes, slot_kinds
-from moesaic.serving.streamed.load import expert_parameters, load_skeleton
 from moesaic.serving.streamed.lossy.mode import Lossy
 from moesaic.serving.streamed.stats import Stats, peak_bytes
 from moesaic.store import PageCache, Reader
@@ -24,6 +23,7 @@ from moesaic.trace.hardware import Hardware
 from moesaic.trace.policies.history import History
 from moesaic.trace.policies.policy import Policy, Shape
 from moesaic.view import View
+from moesaic.view.skeleton import expert_parameters, load_skeleton
 
 __all__ = ["Engine", "Stats", "Streamed", "load_streamed", "peak_bytes"]
 

@@ -13,12 +13,12 @@ from moesaic.core.errors import BadInput
 from moesaic.kernels import Form, Weights
 from moesaic.kernels.products import Span
 from moesaic.serving.streamed.engine import Engine
-from moesaic.serving.streamed.fetch import fetch
 from moesaic.serving.streamed.layer import records_of
 from moesaic.trace.policies import state as S
 from moesaic.view import View
 from moesaic.view.block import Block
 from moesaic.view.implementation import form_of
+from moesaic.view.skeleton.fetch import fetch
 
 
 class HostLayer(Protocol):

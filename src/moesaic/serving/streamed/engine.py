@@ -28,10 +28,8 @@ from moesaic.kernels.products import hit_spans
 from moesaic.kernels.slots import bounds_of
 from moesaic.serving.streamed import stats as C
 from moesaic.serving.streamed.budget import MOST_STAGING, Plan
-from moesaic.serving.streamed.fetch import Fetch, fetch
 from moesaic.serving.streamed.layer import Layer
 from moesaic.serving.streamed.lossy.mode import Lossy, keep_pairs
-from moesaic.serving.streamed.packed_sources import Sourced
 from moesaic.serving.streamed.prefetch import Prefetch, mean_scores
 from moesaic.serving.streamed.stats import Stats
 from moesaic.serving.streamed.wave import Wave
@@ -43,6 +41,8 @@ from moesaic.trace.policies.policy import Policy, Shape
 from moesaic.view import View, tap
 from moesaic.view.block import Block
 from moesaic.view.implementation import STREAMED
+from moesaic.view.skeleton.fetch import Fetch, fetch
+from moesaic.view.skeleton.packed_sources import Sourced
 
 GIVEN = frozenset({"history", "scores", "ahead"})
 """What a live engine can bring of what policies need; a policy that needs more only replays."""

@@ -11,12 +11,12 @@ from moesaic.core.routing import Dispatch
 from moesaic.kernels import Weights, quantized, waves
 from moesaic.kernels.products import hit_spans
 from moesaic.kernels.slots import bounds_of
-from moesaic.serving.streamed.fetch import in_place
-from moesaic.serving.streamed.packed_sources import PackedSource, Sourced
 from moesaic.store import Slots
 from moesaic.view.block import Block
 from moesaic.view.implementation import form_of
 from moesaic.view.packed import as_expert
+from moesaic.view.skeleton.fetch import in_place
+from moesaic.view.skeleton.packed_sources import PackedSource, Sourced
 
 Kind = tuple[tuple[int, ...], tuple[int, ...], torch.dtype]
 """Shapes and dtype of the two matrices that a slot holds."""

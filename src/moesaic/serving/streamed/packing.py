@@ -21,15 +21,15 @@ from moesaic.core.errors import BadInput
 from moesaic.core.sizes import show_bytes
 from moesaic.kernels.low_bits import Packing, quantize_matrix, record_bytes
 from moesaic.serving.streamed.bits import Bits
-from moesaic.serving.streamed.fetch import Fetch, fetch
-from moesaic.serving.streamed.load import Survey, survey
-from moesaic.serving.streamed.packed_sources import PackedSource, Sourced
 from moesaic.store import Range, Reader, Table
 from moesaic.store.packed import QUANTISED, RECORD, Block, Contents
 from moesaic.store.record_writer import Place, RecordWriter
 from moesaic.store.writing import MOST_BYTES, copy_tensors, settle
 from moesaic.view import View, resolve_model
 from moesaic.view.discover import expert_parameters
+from moesaic.view.skeleton import Survey, survey
+from moesaic.view.skeleton.fetch import Fetch, fetch
+from moesaic.view.skeleton.packed_sources import PackedSource, Sourced
 
 AHEAD_BYTES = 64 << 20
 """Experts being read while one is written; at least two."""

@@ -14,13 +14,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moesaic.serving.streamed.fetch import Fetch
 from moesaic.serving.streamed.layer import Layer
 from moesaic.store import ReadFailed
 from moesaic.trace.lookahead import look_ahead
 from moesaic.trace.policies import state as S
 from moesaic.trace.policies.policy import Policy
 from moesaic.trace.simulate import want
+from moesaic.view.skeleton.fetch import Fetch
 from moesaic.view.tap import Choice
 
 if TYPE_CHECKING:

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from moesaic.kernels.products import Span
-from moesaic.serving.streamed.fetch import Fetch
 from moesaic.serving.streamed.layer import Layer
 from moesaic.store import ReadFailed
+from moesaic.view.skeleton.fetch import Fetch
 
 if TYPE_CHECKING:
     from moesaic.serving.streamed.engine import Engine

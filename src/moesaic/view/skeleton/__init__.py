@@ -16,14 +16,14 @@ from torch import Tensor
 from transformers.core_model_loading import set_param_for_module
 
 from moesaic.core.errors import BadInput
-from moesaic.serving.streamed import packed_sources, sources
-from moesaic.serving.streamed.packed_sources import Sourced
 from moesaic.store import Range, Reader, Table
 from moesaic.store.packed import NAMES, Packed, read_packed
 from moesaic.view import files, load, quantised, resolve_model
 from moesaic.view.discover import expert_parameters
 from moesaic.view.load import Loaded
 from moesaic.view.packed import with_weights
+from moesaic.view.skeleton import packed_sources, sources
+from moesaic.view.skeleton.packed_sources import Sourced
 
 __all__ = ["Skeleton", "Survey", "expert_parameters", "load_skeleton", "survey"]
 

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moesaic.serving.streamed.sources import Source
 from moesaic.store import Range
 from moesaic.store.packed import Block, Packed
 from moesaic.view import packed as view_packed
+from moesaic.view.skeleton.sources import Source
 
 
 class PackedSource:

@@ -20,9 +20,9 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, dot
 from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 
 from moesaic.core.errors import BadInput
-from moesaic.serving.streamed import fp8
 from moesaic.store import Range, Table
 from moesaic.store.slots import LINE
+from moesaic.view.skeleton import fp8
 
 SMALL = 8
 """What the widths' common factor becomes in a trial: large enough that no permutation of rows looks like none."""

@@ -7,8 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from moesaic.serving.streamed.packed_sources import Sourced
 from moesaic.store import Range, Reader, Ticket
+from moesaic.view.skeleton.packed_sources import Sourced
 
 
 class Fetch:
