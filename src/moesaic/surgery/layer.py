@@ -107,7 +107,7 @@ class Change:
 
     Attributes:
         keep: for each expert afterwards [F], the expert whose weights it has, byte for byte unless it is in `experts`.
-        experts: new weights of some, by their number afterwards; all of one inner width, in the canonical names of `Layer.expert`.
+        experts: new weights of some, by their number afterwards, all of one inner width; named as in `Layer.expert`.
         rows: for each router row afterwards [R], the row it is a copy of; `keep` by default.
         matrix_RD: new rows of the router's matrix, float32, where they are no copies.
         row_to_expert: for each router row the expert (afterwards) that it runs; None: its own, and then R = F.
@@ -162,7 +162,7 @@ class Method:
     """
 
     def plan(self, blocks: Sequence[Facts]) -> list[int]:
-        """Experts of each block afterwards, as far as it is known before statistics are. Raises BadInput for what cannot apply."""
+        """Experts of each block afterwards, as far as is known without statistics. Raises BadInput for what cannot apply."""
         return [facts.experts for facts in blocks]
 
     def look(self, layer: Layer) -> Any:
