@@ -45,7 +45,7 @@ def case():
 
 def test_each_promise_can_fail(case, monkeypatch):
     """Break what a check looks at; it must notice."""
-    from moesaic.view import bank, block, implementation, policy, tap
+    from moesaic.view import bank, block, implementation, rerun, tap
 
     def broken(promise, target, name, value):
         with monkeypatch.context() as patch:
@@ -68,7 +68,7 @@ def test_each_promise_can_fail(case, monkeypatch):
     broken("routed", tap.Tap, "capture", noisy_route)
     broken("replaced", bank.ViewBank, "__setitem__", lambda self, e, expert: None)
     broken("kernels", implementation, "run", lambda *args: run(*args) * 1.001)
-    broken("steered", policy._Selection, "_altered", lambda self, scores: scores)
+    broken("steered", rerun._Selection, "_altered", lambda self, scores: scores)
     broken("saved", transformers.Qwen3MoeForCausalLM, "from_pretrained", lambda *a, **k: tiny.build(type(case.model), seed=9))
     assert block.Block is not None
     for promise in coverage.PROMISES.values():

@@ -31,7 +31,8 @@ def few_rows_linear(x: Tensor, weight_BA: Tensor, bias_B: Tensor | None = None) 
     """x [..., A] @ weight.T + bias as [..., B]: compiled for up to four rows of bf16 without gradients, else PyTorch's."""
     outputs, width = weight_BA.shape
     numbers = x.numel()
-    if not (0 < numbers <= MOST_ROWS * width and _is_plain(x) and suits_linear(weight_BA)):
+    watched = torch._C._is_torch_function_mode_enabled()  # a policy alters the product that scores experts
+    if watched or not (0 < numbers <= MOST_ROWS * width and _is_plain(x) and suits_linear(weight_BA)):
         return linear(x, weight_BA, bias_B)
     compiled, cores = _compiled()
     y = x.new_empty(*x.shape[:-1], outputs)

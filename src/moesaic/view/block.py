@@ -14,7 +14,8 @@ from moesaic.core.errors import BadInput, NotMoE
 from moesaic.core.routing import Routing
 from moesaic.view import discover, implementation, tap
 from moesaic.view.bank import ViewBank
-from moesaic.view.policy import Policy, ids_at, resolve
+from moesaic.view.policy import Policy, resolve
+from moesaic.view.rerun import ids_at
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ def empty(routing: Routing, gone_TK: Tensor) -> Routing:
 
 
 def rescaled(weights_TK: Tensor, like_TK: Tensor) -> Tensor:
-    """Weights scaled per token to the sum of `like_TK`; rows that already are `like_TK`, and rows of zeros, stay as they are."""
+    """Weights scaled per token to the sum of `like_TK`; rows equal to it, and rows of zeros, stay as they are."""
     total_T1, now_T1 = like_TK.float().sum(1, keepdim=True), weights_TK.float().sum(1, keepdim=True)
     same_T1 = (weights_TK == like_TK).all(1, keepdim=True) | (now_T1 == 0)
     scale_T1 = torch.where(same_T1, 1.0, total_T1 / now_T1.masked_fill(same_T1, 1.0))

@@ -20,7 +20,7 @@ from moesaic.core.errors import BadInput
 from moesaic.core.routing import Routing
 from moesaic.view import implementation
 from moesaic.view.policy import Choice as PolicyChoice
-from moesaic.view.policy import ids_at, rerun
+from moesaic.view.rerun import ids_at, rerun
 from moesaic.view.slots import below, empty, token_major
 
 if TYPE_CHECKING:

@@ -16,7 +16,8 @@ from moesaic.trace.calibration.store import added
 from moesaic.trace.calibration.tiers import FORWARD, Seen, Statistics, collect
 from moesaic.view import View
 from moesaic.view.block import Block
-from moesaic.view.tap import Choice, token_major
+from moesaic.view.slots import token_major
+from moesaic.view.tap import Choice
 
 
 class Enough(Exception):

@@ -16,7 +16,8 @@ from moesaic.core.registry import register
 from moesaic.core.routing import Dispatch
 from moesaic.serving.streamed.layer import Layer
 from moesaic.serving.streamed.lossy.mode import Changed, Lossy
-from moesaic.view.policy import Choice, ids_at, rerun
+from moesaic.view.policy import Choice
+from moesaic.view.rerun import ids_at, rerun
 
 if TYPE_CHECKING:
     from moesaic.serving.streamed.engine import Engine
