@@ -13,6 +13,7 @@ COMMANDS = {
     "sweep": "train many cells over one recipe, side by side; resumable",
     "lab": "the comparison of all routers, banks and layers",
     "search-loss": "evolve balance losses by short training runs",
+    "unlearn": "make a model forget a text by editing one expert",
     "retrofit": "put another router into a trained model, and fine-tune it",
     "view": "list a model's experts; --coverage checks every architecture",
     "trace": "record which experts every token of a text chooses",

@@ -73,3 +73,16 @@ def use_threads(threads: int | None) -> None:
         import torch
 
         torch.set_num_threads(threads)
+
+
+def pairs(option: str, text: str) -> dict[str, Any]:
+    """`k=3,nulls=8` as a mapping; values are YAML scalars. Raises BadInput naming the option."""
+    import yaml
+
+    found = {}
+    for part in filter(None, (word.strip() for word in text.split(","))):
+        key, equals, value = part.partition("=")
+        if not equals or not key.strip().isidentifier():
+            raise BadInput(f"{option} {part!r}: write name=value, separated by commas")
+        found[key.strip()] = yaml.safe_load(value)
+    return found

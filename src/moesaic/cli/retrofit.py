@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import resource
-import shutil
 import time
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,7 +11,7 @@ import typer
 
 from moesaic.cli.common import Debug, Json, console, emit, facts_grid, progress_console, single
 from moesaic.cli.loading import quiet_transformers
-from moesaic.cli.options import ChosenThreads, Context, Dtype, MaxBytes, Model, TrustRemoteCode, use_threads
+from moesaic.cli.options import ChosenThreads, Context, Dtype, MaxBytes, Model, TrustRemoteCode, pairs, use_threads
 from moesaic.core.errors import BadInput
 
 TRAINS = ("router", "router+experts", "all")
@@ -66,23 +64,25 @@ def retrofit(
         "balance": pairs("--balance", balance),
         "layers": None if layers is None else numbers("--layers", layers),
     }
-    if out is not None:
-        check_folder(out)
     quiet_transformers()
     import torch
 
     from moesaic.core.documents import data_files, read_documents, select
+    from moesaic.surgery.live import check_folder, history, write
     from moesaic.surgery.retrofit import plan_retrofit
     from moesaic.surgery.retrofit import retrofit as put_in
     from moesaic.training.finetune import finetune
-    from moesaic.view import load
+    from moesaic.view import load, resolve_model
 
+    if out is not None:
+        check_folder(out)
     use_threads(threads)
     texts = [] if eval_data is None else select(read_documents(eval_data), max_bytes)
     if data is not None:
         data_files(data)
     began = time.perf_counter()
-    live, tokenizer = load(model, dtype=dtype, trust_remote_code=trust_remote_code)
+    source = resolve_model(model)
+    live, tokenizer = load(source, dtype=dtype, trust_remote_code=trust_remote_code)
     facts = plan_retrofit(live, router, **how)[0].facts()
     bytes_before = _bytes(live)
     result: dict[str, Any] = {"out": None if out is None else str(out), "model": model, **facts, "bytes_before": bytes_before}
@@ -109,25 +109,13 @@ def retrofit(
              "seconds": time.perf_counter() - began_training, "first_loss": losses[0], "last_loss": losses[-1]}
         )  # fmt: skip
     settled = done.settle()
+    recipe = {"family": "retrofit", "method": router, "source": model, "options": how, "training": {"steps": steps, "lr": lr}}
     result["after"] = _scored(settled, tokenizer, texts, context)
-    write(settled, tokenizer, out)
+    write(settled, tokenizer, out, {"steps": [*history(source), recipe]})
     result["bytes_after"] = _bytes(settled)
     result["seconds"] = time.perf_counter() - began
     result["peak_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     _show(result, json)
-
-
-def pairs(option: str, text: str) -> dict[str, Any]:
-    """`k=3,nulls=8` as a mapping; values are YAML scalars. Raises BadInput naming the option."""
-    import yaml
-
-    found = {}
-    for part in filter(None, (word.strip() for word in text.split(","))):
-        key, equals, value = part.partition("=")
-        if not equals or not key.strip().isidentifier():
-            raise BadInput(f"{option} {part!r}: write name=value, separated by commas")
-        found[key.strip()] = yaml.safe_load(value)
-    return found
 
 
 def numbers(option: str, text: str) -> list[int]:
@@ -135,31 +123,6 @@ def numbers(option: str, text: str) -> list[int]:
         return [int(word) for word in text.split(",")]
     except ValueError:
         raise BadInput(f"{option} {text!r}: numbers separated by commas") from None
-
-
-def check_folder(out: Path) -> None:
-    """Raises BadInput for a folder that cannot be written, or that holds something."""
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise BadInput(f"{out} is not empty: name a folder that is not there yet, or delete it")
-    if not out.resolve().parent.is_dir() or not os.access(out.resolve().parent, os.W_OK):
-        raise BadInput(f"cannot write {out}: there is no folder {out.resolve().parent} to write in")
-
-
-def write(model: Any, tokenizer: Any, out: Path) -> None:
-    """Model and tokenizer beside `out`, then renamed into place: a killed run leaves no half-written folder of that name."""
-    scratch = out.resolve().with_name(f".{out.name}.partial")
-    shutil.rmtree(scratch, ignore_errors=True)
-    try:
-        model.save_pretrained(scratch)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(scratch)
-        if out.exists():
-            out.rmdir()
-        os.replace(scratch, out)
-    except OSError as error:
-        raise BadInput(f"cannot write {out}: {error.strerror or error}") from error
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _learns(model: Any, train: str) -> list[Any]:

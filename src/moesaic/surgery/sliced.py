@@ -31,9 +31,10 @@ class Slice(nn.Module):
     def run(self, experts: Any, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
         """This expert's part of the experts call, [T, D]."""
         form, up = implementation.form_of(experts), "gate_up_proj" if experts.has_gate else "up_proj"
+        own: Any = self
         dispatch = dispatch_slots(torch.where(ids_TK == self.expert, 0, -1), weights_TK, 1)
         return expert_mlp(
-            x_TD, dispatch, getattr(self, up), self.down_proj, act=form.act, gated=form.gated,
+            x_TD, dispatch, getattr(own, up), own.down_proj, act=form.act, gated=form.gated,
             gate_up_bias=getattr(self, f"{up}_bias", None), down_bias=getattr(self, "down_proj_bias", None),
             transposed=experts.is_transposed, apply_gate=form.apply_gate, post=form.post,
         )  # fmt: skip
@@ -55,7 +56,7 @@ class SlicedExperts(nn.Module):
 
 
 @cache
-def _sliced_class(own: type) -> type:
+def _sliced_class(own: Any) -> Any:
     return type(f"Sliced{own.__name__}", (SlicedExperts, own), {})
 
 
@@ -64,7 +65,8 @@ def take_out(block: Block, experts: list[int]) -> list[Slice]:
     module: Any = block.experts
     parts = [Slice(block, expert) for expert in experts]
     module.__dict__["apart"] = parts  # no submodules: the model's own parameters stay its own
-    module.__class__ = _sliced_class(type(module))
+    own: Any = type(module)
+    module.__class__ = _sliced_class(own)
     return parts
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import zipfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moesaic.core.documents import data_files, read_documents
+from moesaic.core.documents import Document, data_files, read_documents
 from moesaic.core.errors import BadInput
 
 
@@ -77,16 +78,21 @@ class PackedTokens:
         return self._order_N[at : at + self.seq_len + 1]
 
 
+def encode(documents: Iterable[Document], tokenizer: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Token ids of all documents, each ended by end-of-text, and where each begins (and the last one ends)."""
+    texts = [document.text for document in documents]
+    encoded = tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
+    dtype = np.uint16 if len(tokenizer) <= 1 << 16 else np.uint32
+    rows = [np.asarray([*ids, tokenizer.eos_token_id], dtype) for ids in encoded]
+    return np.concatenate([np.zeros(0, dtype), *rows]), np.cumsum([0, *map(len, rows)])
+
+
 def tokenize(data: str | Path, tokenizer: Any, cache: Path, seq_len: int, seed: int) -> PackedTokens:
     """Encode every document (followed by end-of-text) once; `cache` (.npz) serves until the data or tokenizer change."""
     fingerprint = data_fingerprint(data, tokenizer)
     saved = _read_cache(cache, fingerprint)
     if saved is None:
-        texts = [doc.text for doc in read_documents(data)]
-        encoded = tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
-        dtype = np.uint16 if len(tokenizer) <= 1 << 16 else np.uint32
-        rows = [np.asarray([*ids, tokenizer.eos_token_id], dtype) for ids in encoded]
-        saved = np.concatenate([np.zeros(0, dtype), *rows]), np.cumsum([0, *map(len, rows)])
+        saved = encode(read_documents(data), tokenizer)
         scratch = cache.with_name(f".{cache.stem}.partial.npz")
         np.savez(scratch, ids=saved[0], starts=saved[1], fingerprint=np.array(fingerprint))
         os.replace(scratch, cache)
