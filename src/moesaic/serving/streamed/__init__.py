@@ -114,7 +114,7 @@ def load_streamed(
     own = reader is None
     reader = Reader(page_cache, threads, timeout) if reader is None else reader
     try:
-        loaded, sources = load_skeleton(path_or_id, reader, dtype=dtype, attention=attention, **how)
+        loaded, sources, *_ = load_skeleton(path_or_id, reader, dtype=dtype, attention=attention, **how)
         view = View(loaded.model)
         names = {place: name for name, place in expert_parameters(loaded.model).items()}
         pairs = [(sources[names[i, 0]], sources[names[i, 1]]) for i in range(len(view))]

@@ -24,6 +24,7 @@ from moesaic.view.load import Loaded
 from moesaic.view.packed import with_weights
 from moesaic.view.skeleton import packed_sources, sources
 from moesaic.view.skeleton.packed_sources import Sourced
+from moesaic.view.skeleton.sources import Other
 
 __all__ = ["Skeleton", "Survey", "expert_parameters", "load_skeleton", "survey"]
 
@@ -33,6 +34,8 @@ class Skeleton(NamedTuple):
 
     loaded: Loaded
     sources: dict[str, Sourced]
+    others: dict[str, Other]
+    table: Table
 
 
 class _OnDisk:
@@ -72,6 +75,8 @@ class Survey(NamedTuple):
     sources: dict[str, Sourced]
     others: list[Range]
     """Tensors that are of no expert."""
+    collected: dict[str, Other]
+    """The parameters they make, by name (the first, of those made together); none of a packed folder."""
 
 
 class _Surveyed(Exception):
@@ -81,17 +86,18 @@ class _Surveyed(Exception):
         self.found = found
 
 
-def load_skeleton(path_or_id: str | Path, reader: Reader, **how: Any) -> Skeleton:
+def load_skeleton(path_or_id: str | Path, reader: Reader, bare: bool = False, **how: Any) -> Skeleton:
     """The model of a checkpoint in eval mode, on the CPU, its expert matrices on the meta device. `how`: see `view.load`.
 
-    Raises BadInput for what cannot be streamed, before any weight is read.
+    With `bare`, so is everything else that the checkpoint holds. Raises BadInput for what cannot be streamed, before any
+    weight is read.
     """
     caught: list[Survey] = []
 
     def load_weights(model_class: Any, found: Survey, arguments: tuple[Any, ...]) -> Any:
         caught.append(found)
-        experts = found.table.keys() - {tensor.name for tensor in found.others}
-        tensors = {n: _Absent(stored) if n in experts else _OnDisk(stored, reader) for n, stored in found.table.items()}
+        present = set() if bare else {tensor.name for tensor in found.others}
+        tensors = {n: _OnDisk(stored, reader) if n in present else _Absent(stored) for n, stored in found.table.items()}
         done = model_class._load_pretrained_model(found.model, tensors, *arguments)
         for name, source in found.sources.items():
             if isinstance(source, packed_sources.PackedSource):  # of no file that transformers knows
@@ -100,7 +106,7 @@ def load_skeleton(path_or_id: str | Path, reader: Reader, **how: Any) -> Skeleto
         return done
 
     loaded = _load(path_or_id, load_weights, how)
-    return Skeleton(loaded, caught[0].sources)
+    return Skeleton(loaded, caught[0].sources, caught[0].collected, caught[0].table)
 
 
 def survey(path_or_id: str | Path, **how: Any) -> Survey:
@@ -149,6 +155,12 @@ def _survey(model: Any, checkpoint_files: Any, load_config: Any, packed: Packed 
         )
     table = Table.of_files(checkpoint_files)
     if packed is not None:
-        return Survey(model, table, packed_sources.find(model, packed), list(table.values()))
-    found, keys = sources.find(model, load_config.weight_mapping or [], table, expert_parameters(model))
-    return Survey(model, table, dict(found), [stored for name, stored in table.items() if name not in keys])
+        return Survey(model, table, packed_sources.find(model, packed), list(table.values()), {})
+    collected = sources.collect(model, load_config.weight_mapping or [], table)
+    found, keys = sources.find(model, collected, table, expert_parameters(model))
+    rest = {name: other for name, other in collected.items() if not _feeds(other, keys)}
+    return Survey(model, table, dict(found), [stored for name, stored in table.items() if name not in keys], rest)
+
+
+def _feeds(other: Other, keys: set[str]) -> bool:
+    return any(stored.name in keys for ranges in other.lists.values() for stored in ranges)

@@ -12,7 +12,7 @@ import math
 from collections.abc import Iterable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, dot
 from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 
 from moesaic.core.errors import BadInput
-from moesaic.store import Range, Table
+from moesaic.store import Range, Reader, Table
 from moesaic.store.slots import LINE
 from moesaic.view.skeleton import fp8
 
@@ -101,16 +101,9 @@ class Source:
 
     def _apply(self, lists: list[list[Tensor]], count: int, shape: tuple[int, ...]) -> list[Tensor]:
         assert self.rule is not None
-        rule, held = deepcopy(self.rule), dict(zip(self.lists, lists, strict=True))
         stand_in = _Few(self.model, self.name, (count, *shape))
-        collected: dict[str, Any] = held
-        for operation in rule.operations:
-            collected = operation.convert(
-                collected, source_patterns=rule.source_patterns, target_patterns=rule.target_patterns,
-                full_layer_name=self.name, model=stand_in, config=self.model.config, missing_keys=None,
-            )  # fmt: skip
-        made = [collected[target] for target in rule.target_patterns]
-        return [tensor[0] if isinstance(tensor, list) else tensor for tensor in made]
+        made = apply(self.rule, self.name, dict(zip(self.lists, lists, strict=True)), stand_in, self.model)
+        return list(made.values())
 
     def prove(self) -> None:
         """Try the rule on two experts of small numbers, together and one by one, and learn the order of bytes.
@@ -148,6 +141,18 @@ class Source:
         return ranges[0].shape[1:] if self.stacked else ranges[at * self.experts].shape
 
 
+def apply(rule: WeightConverter, name: str, held: dict[str, Any], stand_in: Any, model: Any) -> dict[str, Tensor]:
+    """What a rule makes of tensors by its patterns: parameters by its target patterns. `name`: of one of them."""
+    rule = deepcopy(rule)
+    for operation in rule.operations:
+        held = operation.convert(
+            held, source_patterns=rule.source_patterns, target_patterns=rule.target_patterns,
+            full_layer_name=name, model=stand_in, config=model.config, missing_keys=None,
+        )  # fmt: skip
+    made = {target: held[target] for target in rule.target_patterns}
+    return {target: tensor[0] if isinstance(tensor, list) else tensor for target, tensor in made.items()}
+
+
 class _Few:
     """The model, in which the parameter has as many experts as are converted: some operations ask for its shape."""
 
@@ -168,28 +173,62 @@ def _order(sources: list[Tensor], made: Tensor) -> list[int] | None:
     return order if torch.equal(joined, flat) else None
 
 
-def find(model: Any, rules: Iterable[Any], table: Table, parameters: Iterable[str]) -> tuple[dict[str, Source], set[str]]:
-    """The source of each of these stacked parameters, and the names of all tensors that feed them.
+class Other(NamedTuple):
+    """What a parameter that is of no expert is made of: tensors by the rule's patterns, and the rule, None for one tensor."""
 
-    `rules`: the conversions that transformers would apply, as it gives them to its loader. Raises BadInput naming the tensor
-    for experts that are missing, of a dtype that is not streamed, or impossible to part.
+    name: str
+    rule: WeightConverter | None
+    lists: dict[str, list[Range]]
+
+    @property
+    def stored(self) -> Range:
+        """The tensor it is, as it lies there. Raises BadInput where it is made of several."""
+        (ranges,) = self.lists.values() if len(self.lists) == 1 else ([],)
+        if self.rule is not None or len(ranges) != 1:
+            one = next(iter(self.lists.values()))[0]
+            raise BadInput(f"{one.path}: {self.name} is converted from tensors such as {one.name}, and cannot be taken apart")
+        return ranges[0]
+
+    def read(self, model: Any, reader: Reader) -> dict[str, Tensor]:
+        """The parameters that come from these tensors, by name, as stored."""
+        held: dict[str, Any] = {pattern: [reader.read(one) for one in ranges] for pattern, ranges in self.lists.items()}
+        if self.rule is None:
+            return {self.name: next(iter(held.values()))[0]}
+        made, first = apply(self.rule, self.name, held, model, model), self.rule.target_patterns[0]
+        return {self.name.replace(first, target): tensor for target, tensor in made.items()}
+
+
+def collect(model: Any, rules: Iterable[Any], table: Table) -> dict[str, Other]:
+    """Every parameter (the first, of those made together) and what it is made of.
+
+    `rules`: the conversions that transformers would apply, as it gives them to its loader.
     """
-    wanted = set(parameters)
     rules = deepcopy(list(rules))  # renaming leaves marks in them
     renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
     converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
     by_pattern = {pattern: rule for rule in converters for pattern in rule.source_patterns}
     own = model.state_dict()
-    collected: dict[str, tuple[WeightConverter | None, dict[str, list[Range]]]] = {}
+    collected: dict[str, Other] = {}
     for key in sorted(table, key=dot_natural_key):
         name, pattern = rename_source_key(key, renamings, converters, model.base_model_prefix, own)
         if name not in own and key in own:
             name, pattern = rename_source_key(key, [], [], base_model_prefix=model.base_model_prefix, meta_state_dict=own)
         rule = None if pattern is None else by_pattern[pattern]
-        collected.setdefault(name, (rule, {}))[1].setdefault(pattern or key, []).append(table[key])
+        collected.setdefault(name, Other(name, rule, {})).lists.setdefault(pattern or key, []).append(table[key])
+    return collected
+
+
+def find(
+    model: Any, collected: dict[str, Other], table: Table, parameters: Iterable[str]
+) -> tuple[dict[str, Source], set[str]]:
+    """The source of each of these stacked parameters, and the names of all tensors that feed them.
+
+    Raises BadInput naming the tensor for experts that are missing, of a dtype that is not streamed, or impossible to part.
+    """
+    wanted, own = set(parameters), model.state_dict()
     sources: dict[str, Source] = {}
     keys: set[str] = set()
-    for first, (rule, lists) in collected.items():
+    for first, (_, rule, lists) in collected.items():
         targets = [first] if rule is None else [first.replace(rule.target_patterns[0], t) for t in rule.target_patterns]
         mine = wanted.intersection(targets)
         if not mine:
