@@ -110,6 +110,9 @@ class Change:
         experts: new weights of some, by their number afterwards, all of one inner width; named as in `Layer.expert`.
         rows: for each router row afterwards [R], the row it is a copy of; `keep` by default.
         matrix_RD: new rows of the router's matrix, float32, where they are no copies.
+        mix_RE: for each router row afterwards, weights over the rows before: what every other per-expert tensor of the router
+            (bias, correction bias, scale) becomes, mix @ tensor; copies of `rows` by default.
+        shift_R: added to the bias that stands beside the router's matrix, where there is one.
         row_to_expert: for each router row the expert (afterwards) that it runs; None: its own, and then R = F.
         scores: what was decided by, [E], for the report; lower goes first.
         report: more of it, in plain numbers and lists.
@@ -119,6 +122,8 @@ class Change:
     experts: dict[int, ExpertWeights] = field(default_factory=dict)
     rows: Sequence[int] | None = None
     matrix_RD: Tensor | None = None
+    mix_RE: Tensor | None = None
+    shift_R: Tensor | None = None
     row_to_expert: Sequence[int] | None = None
     scores: Tensor | None = None
     report: dict[str, Any] = field(default_factory=dict)
@@ -150,6 +155,10 @@ class Change:
             raise ValueError(f"{facts.name}: a map {list(self.row_to_expert)} of {len(rows)} rows to {count} experts")
         if self.matrix_RD is not None and self.matrix_RD.shape != (len(rows), facts.width):
             raise ValueError(f"{facts.name}: {list(self.matrix_RD.shape)} router rows of width {facts.width} for {len(rows)}")
+        if self.mix_RE is not None and self.mix_RE.shape != (len(rows), facts.experts):
+            raise ValueError(f"{facts.name}: a mix {list(self.mix_RE.shape)} of {facts.experts} router rows for {len(rows)}")
+        if self.shift_R is not None and self.shift_R.shape != (len(rows),):
+            raise ValueError(f"{facts.name}: a shift {list(self.shift_R.shape)} for {len(rows)} router rows")
         if not set(self.experts) <= set(range(count)):
             raise ValueError(f"{facts.name}: new experts {sorted(self.experts)} of {count}")
 

@@ -9,27 +9,35 @@ import torch
 from torch import Tensor
 
 from moesaic.core.registry import register
-from moesaic.surgery.layer import Change, Facts, Layer, Method, best, count_kept
+from moesaic.surgery.layer import Change, Facts, Layer
+from moesaic.surgery.scored import Scored
+from moesaic.surgery.select import select
 
 
 @register("prune", "reap", paper="2510.13999", card="surgery-and-steering.md#reap", exact=False, needs={"R0", "R1"})
-class Reap(Method):
+class Reap(Scored):
     """S_e = the mean of g_e |f_e(x)| over the tokens routed to e, g being the weight that multiplies its output; 0 for none.
 
+    The released observer takes g from a softmax of the raw logits and the selection from their top-k; here both are what
+    the experts were called with, so sigmoid, bias-corrected and group-limited routers are measured as they are.
+
     Args:
-        keep: experts that stay in every layer: a share, or a number.
+        keep: experts that stay: a share, or a number per layer.
+        scope: "uniform" (as many in every layer) or "global" (one ranking of the whole model).
         protect: never drop "super experts": those whose largest output entry, in the first 75 % of the layers, exceeds
-            the larger of the 99.5 % quantile over all experts and a tenth of the largest.
+            the larger of the 99.5 % quantile over all experts and a tenth of the largest. (The released code takes the
+            largest signed entry; here it is the largest absolute one.)
     """
 
-    def __init__(self, keep: float | int = 0.5, protect: bool = False) -> None:
-        self.keep, self.protect = keep, protect
+    def __init__(self, keep: float | int = 0.5, scope: str = "uniform", protect: bool = False) -> None:
+        super().__init__(keep, scope)
+        self.protect = protect
 
-    def plan(self, blocks: Sequence[Facts]) -> list[int]:
-        return [count_kept(facts, self.keep) for facts in blocks]
+    def score(self, layer: Layer) -> Tensor:
+        return layer.statistics.mean("gated_norm")
 
-    def look(self, layer: Layer) -> tuple[Tensor, Tensor]:
-        return layer.statistics.mean("gated_norm"), layer.statistics["output_max"]
+    def look(self, layer: Layer) -> Any:
+        return self.score(layer), layer.statistics["output_max"]
 
     def decide(self, looks: Sequence[Any], blocks: Sequence[Facts]) -> list[Any]:
         protected: list[list[int]] = [[] for _ in blocks]
@@ -39,9 +47,10 @@ class Reap(Method):
             for i, (_, peak_E) in enumerate(looks):
                 if i < 0.75 * len(blocks):
                     protected[i] = torch.nonzero(peak_E > bar).flatten().tolist()
-        return [(score_E, guarded) for (score_E, _), guarded in zip(looks, protected, strict=True)]
+        scores = [score_E for score_E, _ in looks]
+        kept = select(scores, blocks, self.keep, self.scope, protected)
+        return list(zip(scores, kept, protected, strict=True))
 
     def change(self, layer: Layer, decision: Any) -> Change:
-        score_E, guarded = decision
-        kept = best(score_E, count_kept(layer.facts, self.keep), layer.facts.groups, guarded)
+        score_E, kept, guarded = decision
         return Change(kept, scores=score_E, report={"protected": guarded} if guarded else {})
