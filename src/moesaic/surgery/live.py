@@ -1,145 +1,83 @@
-"""Surgery on a model in memory: measure it, change it in place, and the methods that must measure again in between.
-
-The out-of-core run looks at every layer once, on statistics of the untouched model. Two published procedures cannot: a
-progressive one calibrates a layer with the layers before it already changed, an iterative one drops a few experts per round
-and measures anew. Both are here, for any method. Shape legend: B batch, N tokens of a row.
-"""
+"""A live model to a folder: weights, config, tokenizer, recipe and card; reloaded, compared, then renamed into place."""
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Callable, Iterable, Sequence
+import json
+import os
+import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from moesaic.core.errors import BadInput
-from moesaic.surgery.apply import apply, facts_of
-from moesaic.surgery.layer import Change, Facts, Layer, Method, count_kept
-from moesaic.trace import corpus
-from moesaic.trace.calibration.backward import Backward
-from moesaic.trace.calibration.collect import Collector
-from moesaic.trace.calibration.store import LayerStatistics, added
-from moesaic.trace.calibration.tiers import parse
-from moesaic.trace.segments import read
-from moesaic.view.block import View
+from moesaic.view.load import load, quiet
+
+RECIPE = "moesaic.json"
+"""What was done to get this checkpoint, step by step."""
 
 
-def measure(
-    model: Any, batches: Iterable[Tensor], tiers: str | tuple[str, ...] = "R0,R1", only: Sequence[int] | None = None
-) -> list[Layer]:
-    """The blocks of a live model (or those numbered in `only`), each with the statistics of these ids [B, N].
-
-    Tier C is kept in memory: T D values of each block twice.
-    """
-    blocks, wanted = View(model), parse(tiers)
-    numbers = list(range(len(blocks))) if only is None else list(only)
-    forward, ids = [tier for tier in wanted if tier != "B"], [batch.reshape(-1, batch.shape[-1]) for batch in batches]
-    features: dict[str, Tensor] = {}
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "features"
-        with path.open("wb") as stream:
-            collector = Collector(blocks, forward, numbers, features=stream if "C" in forward else None)
-            with collector:
-                for ids_BN in ids if forward else ():
-                    corpus.forward(model, ids_BN, torch.ones_like(ids_BN))
-                    collector.end_batch()
-        if "C" in forward:
-            for segment in read(path).found:
-                for name, values in segment.columns.items():
-                    part = torch.from_numpy(values.copy())
-                    features[name] = torch.cat([features[name], part]) if name in features else part
-    sums = {number: added(collector.sums[number].values()) for number in numbers}
-    if "B" in wanted:
-        with Backward(blocks, numbers) as backward:
-            for row_N in (row for ids_BN in ids for row in ids_BN):
-                backward.step(row_N)
-        sums = {number: sums[number] | backward.sums[number] for number in numbers}
-    facts = facts_of(blocks)
-    return [
-        Layer(facts[n], blocks[n], LayerStatistics(sums[n]), features=_kept(features, n) if "C" in wanted else None)
-        for n in numbers
-    ]
+def check_folder(out: Path) -> None:
+    """Raises BadInput for a folder that cannot be written, or that holds something."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise BadInput(f"{out} is not empty: name a folder that is not there yet, or delete it")
+    if not out.resolve().parent.is_dir() or not os.access(out.resolve().parent, os.W_OK):
+        raise BadInput(f"cannot write {out}: there is no folder {out.resolve().parent} to write in")
 
 
-def _kept(features: dict[str, Tensor], number: int) -> Callable[[], tuple[Tensor, Tensor]]:
-    return lambda: (features[f"{number}.input"], features[f"{number}.output"])
+def write(model: Any, tokenizer: Any, out: Path, recipe: Mapping[str, Any] | None = None, said: str = "") -> None:
+    """Model, tokenizer, recipe and a card of `said` beside `out`, reloaded, compared, then renamed: a killed run leaves no
+    half-written folder of that name. Raises BadInput where it cannot be written, or does not come back as it was."""
+    scratch = out.resolve().with_name(f".{out.name}.partial")
+    shutil.rmtree(scratch, ignore_errors=True)
+    try:
+        model.save_pretrained(scratch)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(scratch)
+        if recipe is not None:
+            (scratch / RECIPE).write_text(json.dumps(recipe, indent=1, ensure_ascii=False, default=str) + "\n")
+        if said:
+            (scratch / "README.md").write_text(said)
+        _compare(model, scratch, out)
+        if out.exists():
+            out.rmdir()
+        os.replace(scratch, out)
+    except OSError as error:
+        raise BadInput(f"cannot write {out}: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
 
 
-def operate(method: Method, layers: Sequence[Layer]) -> list[Change]:
-    """The method's changes to these blocks, applied in place as each is made."""
-    facts = [layer.facts for layer in layers]
-    method.plan(facts)
-    decisions = method.decide([method.look(layer) for layer in layers], facts)
-    changes = []
-    for layer, decision in zip(layers, decisions, strict=True):
-        changes.append(method.change(layer, decision))
-        apply(layer.block, changes[-1], layer.facts)
-    return changes
-
-
-def progressively(
-    model: Any, make: Callable[[], Method], batches: Sequence[Tensor], tiers: str | tuple[str, ...] = "R0,R1,C"
-) -> list[Change]:
-    """One block after another, each measured with those before it already changed; a method that ranks over the whole
-    model is asked about one block at a time. As many forward passes as blocks.
-    """
-    found: list[Change] = []
-    for number in range(len(View(model))):
-        found += operate(make(), measure(model, batches, tiers, only=[number]))
-    return found
-
-
-def in_rounds(
-    model: Any,
-    make: Callable[[int], Method],
-    batches: Sequence[Tensor],
-    keep: float | int,
-    share: float = 0.125,
-    tiers: str | tuple[str, ...] = "R0,R1",
-    between: Callable[[Any, int], None] | None = None,
-) -> list[list[int]]:
-    """Prune in rounds of `share` of the original experts, measuring anew before each; kept ids of each block, as of the start.
-
-    Args:
-        make: the method for a number of experts to keep in every block.
-        keep: experts that stay in the end: a share, or a number per block.
-        between: called with the model and the round's number after each round, to tune it a little.
-    """
-    if not 0 < share <= 1:
-        raise BadInput(f"share {share}: a part of the experts above 0 and at most 1")
-    start = facts_of(View(model))
-    counts = {facts.experts for facts in start}
-    if len(counts) > 1:
-        raise BadInput(f"rounds: the blocks have {sorted(counts)} experts; prune in rounds needs as many in each")
-    kept = [list(range(facts.experts)) for facts in start]
-    for number, count in enumerate(round_sizes(start[0], keep, share)):
-        changes = operate(make(count), measure(model, batches, tiers))
-        kept = [[mine[e] for e in change.keep] for mine, change in zip(kept, changes, strict=True)]
-        if between is not None:
-            between(model, number)
-    return kept
-
-
-def round_sizes(facts: Facts, keep: float | int, share: float) -> list[int]:
-    """Experts that stay after each round: `share` of the first number fewer each time, down to the number asked for.
-
-    Group-limited routers lose at least one expert per group and round.
-    """
-    last, step = count_kept(facts, keep), max(1, round(facts.experts * share))
-    step = -(-step // facts.groups) * facts.groups
-    return [*range(facts.experts - step, last, -step), last] if last < facts.experts else []
+def history(source: str | Path) -> list[dict[str, Any]]:
+    """The steps that a checkpoint's recipe lists; none where it has no recipe. Raises BadInput for a broken one."""
+    file = Path(source) / RECIPE
+    if not file.is_file():
+        return []
+    try:
+        steps = json.loads(file.read_text())["steps"]
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        raise BadInput(f"{file}: not a recipe ({error})") from error
+    return list(steps)
 
 
 @torch.no_grad()
-def loss(model: Any, batches: Iterable[Tensor]) -> float:
-    """Mean next-token cross-entropy over these ids, in nats."""
-    total, count = 0.0, 0
-    for ids_BN in batches:
-        logits = model(input_ids=ids_BN, use_cache=False).logits[:, :-1].float()
-        target = ids_BN[:, 1:]
-        total += float(torch.nn.functional.cross_entropy(logits.flatten(0, 1), target.flatten(), reduction="sum"))
-        count += target.numel()
-    return total / max(count, 1)
+def _compare(model: Any, folder: Path, out: Path) -> None:
+    """Raises BadInput where the folder, loaded anew, is another model: other weights, or other answers."""
+    with quiet():
+        again = load(folder, dense_ok=True).model
+    want, found = model.state_dict(), again.state_dict()
+    if want.keys() != found.keys():
+        raise BadInput(f"{out}: written and read again, it has other tensors: {sorted(want.keys() ^ found.keys())[0]}")
+    for name, tensor in want.items():
+        if not torch.equal(tensor.cpu(), found[name].cpu()):
+            raise BadInput(f"{out}: written and read again, {name} is not what it was")
+    vocabulary = model.config.get_text_config().vocab_size
+    ids = torch.arange(1, 17).remainder(vocabulary).unsqueeze(0)
+    was, device = model.training, next(model.parameters()).device
+    model.eval()
+    mine, theirs = model(input_ids=ids.to(device), use_cache=False).logits.cpu(), again(input_ids=ids, use_cache=False).logits
+    model.train(was)
+    near = 0.05 if mine.dtype in (torch.bfloat16, torch.float16) else 1e-3  # kernels of other devices round otherwise
+    if not (mine.float() - theirs.float()).norm() <= near * mine.float().norm() + 1e-6:
+        raise BadInput(f"{out}: written and read again, it answers otherwise")
