@@ -170,6 +170,9 @@ class Method:
     little from `look` (a vector of scores), and gets all of it in `decide`.
     """
 
+    stock = True
+    """Whether a model of the architecture's own class holds what this method makes, where all blocks end up of one size."""
+
     def plan(self, blocks: Sequence[Facts]) -> list[int]:
         """Experts of each block afterwards, as far as is known without statistics. Raises BadInput for what cannot apply."""
         return [facts.experts for facts in blocks]

@@ -87,9 +87,9 @@ class Source:
         half = len(read) // 2
         return [fp8.widen(codes, scale, dtype) for codes, scale in zip(read[:half], read[half:], strict=True)]
 
-    def assemble(self, read: Sequence[Tensor]) -> Tensor:
-        """One expert's matrix from what was read of `ranges(e)`, in the dtype given."""
-        return self._alone(read, self.shape)
+    def assemble(self, read: Sequence[Tensor], shape: tuple[int, ...] | None = None) -> Tensor:
+        """One expert's matrix from what was read of `ranges(e)`, in the dtype given. `shape`: where it is another than ours."""
+        return self._alone(read, self.shape if shape is None else shape)
 
     def _alone(self, read: Sequence[Tensor], shape: tuple[int, ...]) -> Tensor:
         """The rule on one expert; parameters that share the tensors get zeros in place of theirs."""

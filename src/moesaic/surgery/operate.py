@@ -1,0 +1,325 @@
+"""One layer-wise step on a checkpoint folder: look at every block, decide, change block after block, write, read back.
+
+Never more than two blocks' experts are in memory: the one that is read and the one that is made of it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moesaic.core import registry
+from moesaic.core.errors import BadInput
+from moesaic.store import Reader
+from moesaic.surgery.card import write_notes
+from moesaic.surgery.checkpoint import Checkpoint, all_tensors, put
+from moesaic.surgery.edited import edited
+from moesaic.surgery.layer import Change, Facts, Layer, Method
+from moesaic.surgery.layout import tensors as stored_tensors
+from moesaic.surgery.probe import Probe, probe
+from moesaic.surgery.shapes import Resized, inner_of, resize
+from moesaic.surgery.shards import MADE, Shards, check_out, copy_files
+from moesaic.trace.calibration.store import Calibration
+from moesaic.view import View
+
+LAYERWISE = ("prune", "merge", "compress")
+
+Progress = Callable[[str, int, int], None]
+"""What is done, how far, of how many."""
+
+
+@dataclass
+class Plan:
+    """What a step will do; nothing is written yet."""
+
+    family: str
+    method: str
+    options: dict[str, Any]
+    source: Path
+    facts: list[Facts]
+    experts: list[int]
+    """Of each block afterwards."""
+    stock: bool
+    reason: str
+    bytes_before: int
+    bytes_after: int
+    peak_bytes: int
+    fields: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass
+class Report:
+    """What a step did. `blocks`: per block its name, expert map, scores and what else the method said."""
+
+    family: str
+    method: str
+    options: dict[str, Any]
+    seconds: float
+    bytes_before: int
+    bytes_after: int
+    read_bytes: int
+    stock: bool
+    blocks: list[dict[str, Any]]
+
+
+def build(family: str, name: str, options: dict[str, Any]) -> tuple[registry.Entry, Method]:
+    """A method from its options. Raises BadInput, UnknownMethod for what it does not know."""
+    if family not in LAYERWISE:
+        raise BadInput(f"{family}: layer-wise surgery is one of {', '.join(LAYERWISE)}")
+    entry = registry.get(family, name)
+    unknown = sorted(set(options) - set(entry.parameters))
+    if unknown:
+        raise BadInput(f"{family} {name} has no option {unknown[0]!r}; it has {', '.join(entry.parameters) or 'none'}")
+    try:
+        return entry, entry.build(**options)
+    except TypeError as error:
+        raise BadInput(f"{family} {name}: {error}") from error
+
+
+def plan_step(
+    path: str | Path, family: str, name: str, options: dict[str, Any], calibration: Calibration | None = None, **how: Any
+) -> Plan:
+    """Everything that can be known before a weight is read. `how`: see `moesaic.load`. Raises BadInput with the reason."""
+    entry, method = build(family, name, options)
+    check_needs(entry, calibration)
+    with Reader("keep") as reader:
+        checkpoint = Checkpoint(path, reader, **how)
+    return _plan(checkpoint, entry, method, options)
+
+
+def check_needs(entry: registry.Entry, calibration: Calibration | None, planned: Sequence[str] = ()) -> None:
+    """Raises BadInput where a method's statistics are missing. `planned`: tiers that will be collected first."""
+    if not entry.needs or planned:
+        return
+    if calibration is None:
+        raise BadInput(
+            f"{entry.family} {entry.name} needs calibration ({', '.join(sorted(entry.needs))}): give a text with --data, or "
+            "a folder of `moesaic calibrate` with --statistics"
+        )
+    missing = sorted(entry.needs - set(calibration.header.tiers))
+    if missing:
+        raise BadInput(
+            f"{calibration.folder} lacks {', '.join(missing)}, which {entry.family} {entry.name} reads: calibrate again "
+            f"with --tiers {','.join(sorted(entry.needs | set(calibration.header.tiers)))}"
+        )
+
+
+def _plan(checkpoint: Checkpoint, entry: registry.Entry, method: Method, options: dict[str, Any]) -> Plan:
+    facts = checkpoint.facts
+    counts = method.plan(facts)
+    before = checkpoint.table.nbytes
+    uniform = len(set(counts)) == 1
+    stock, reason = method.stock, "the architecture's own class, with other sizes"
+    fields: dict[str, int] = {}
+    if not method.stock:
+        reason = "several router rows share an expert, or experts are no plain matrices: `import moesaic` before loading"
+    elif not uniform:
+        stock, reason = False, "blocks differ in their number of experts: `import moesaic` before loading"
+    else:
+        fields = resize(checkpoint.model, experts=counts[0]).fields
+    saved = sum((each.experts - count) * each.expert_bytes for each, count in zip(facts, counts, strict=True))
+    bank = max(each.experts * each.expert_bytes for each in facts)
+    return Plan(
+        entry.family, entry.name, options, checkpoint.folder, facts, counts, stock, reason, before, before - saved,
+        2 * bank, fields,
+    )  # fmt: skip
+
+
+def operate(
+    path: str | Path,
+    out: str | Path,
+    family: str,
+    name: str,
+    options: dict[str, Any] | None = None,
+    *,
+    calibration: Calibration | None = None,
+    domain: str | None = None,
+    resume: bool = False,
+    history: Sequence[dict[str, Any]] = (),
+    progress: Progress = lambda what, done, total: None,
+    **how: Any,
+) -> Report:
+    """Run one layer-wise method on the checkpoint `path` and write the result to `out`.
+
+    Args:
+        calibration: statistics of this very model; methods say by their registration what they need.
+        domain: read them for one domain only.
+        resume: go on with a surgery to the same `out` that was broken off.
+        history: what was done to the model before, for the result's `surgery.json`.
+
+    Raises BadInput for what cannot apply, before anything is written; ReadFailed; the input is never touched.
+    """
+    began, out, options = time.perf_counter(), Path(out), dict(options or {})
+    entry, method = build(family, name, options)
+    check_needs(entry, calibration)
+    with Reader("drop") as reader:
+        checkpoint = Checkpoint(path, reader, **how)
+        if calibration is not None:
+            _check_calibration(calibration, checkpoint)
+        plan = _plan(checkpoint, entry, method, options)
+        check_out(out, checkpoint.folder, plan.bytes_after)
+        work = _Step(checkpoint, method, calibration, domain, progress)
+        blocks = work.run(out, plan, resume, list(history))
+        size, read = work.bytes_after, reader.counters.bytes
+    return Report(family, name, options, time.perf_counter() - began, plan.bytes_before, size, read, plan.stock, blocks)
+
+
+def _check_calibration(calibration: Calibration, checkpoint: Checkpoint) -> None:
+    known = [(layer.experts, layer.name) for layer in calibration.header.layers]
+    for facts, (experts, name) in zip(checkpoint.facts, known, strict=False):
+        if facts.experts != experts or facts.name != name:
+            raise BadInput(
+                f"{calibration.folder} is of a model with {experts} experts in {name}; {facts.name} has {facts.experts}: "
+                "calibrate the model that is operated on"
+            )
+    if len(known) != len(checkpoint.facts):
+        raise BadInput(f"{calibration.folder} is of {len(known)} blocks, the model has {len(checkpoint.facts)}")
+
+
+class _Step:
+    """The passes over the blocks of one step."""
+
+    def __init__(
+        self, checkpoint: Checkpoint, method: Method, calibration: Calibration | None, domain: str | None, progress: Progress
+    ) -> None:
+        self.checkpoint, self.method, self.progress = checkpoint, method, progress
+        self.calibration, self.domain = calibration, domain
+        self.bytes_after = 0
+
+    def run(self, out: Path, plan: Plan, resume: bool, history: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        made_of = {
+            "files": [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in self.checkpoint.table.files],
+            "step": [plan.family, plan.method, plan.options, self.domain],
+            "calibration": self.calibrated,
+        }  # fmt: skip
+        count = len(self.checkpoint.facts)
+        decisions = self._decide()
+        resized = resize(self.checkpoint.model, experts=plan.experts[0])
+        shards = Shards(out, self.checkpoint.folder, made_of, count + 1, resume)
+        self._others(shards)
+        for i in range(count):
+            if not shards.done(i + 1):
+                resized = self._block(i, decisions[i], resized, shards)
+            self.progress("writing", i + 1, count)
+        notes = [shards.notes(i + 1) for i in range(count)]
+        copy_files(self.checkpoint.folder, shards.partial, leave=(MADE, "surgery.json", "README.md"))
+        inner = notes[0]["inner"]
+        if inner != self.checkpoint.facts[0].inner:
+            resized = resize(self.checkpoint.model, experts=plan.experts[0], inner=inner)
+        resized.config.save_pretrained(shards.partial)
+        self.bytes_after = shards.index()
+        self._read_back(shards, [Probe(**note["probe"]) for note in notes])
+        blocks = [note["block"] for note in notes]
+        step = {
+            "family": plan.family, "method": plan.method, "options": plan.options, "bytes_before": plan.bytes_before,
+            "bytes_after": self.bytes_after, "stock": plan.stock, "calibration": self.calibrated, "blocks": blocks,
+        }  # fmt: skip
+        write_notes(shards.partial, plan.source.name, [*history, step])
+        shards.finish()
+        return blocks
+
+    @property
+    def calibrated(self) -> dict[str, Any] | None:
+        """What statistics were read, in words."""
+        if self.calibration is None:
+            return None
+        header = self.calibration.header
+        return {
+            "folder": str(self.calibration.folder), "text": list(header.sources), "tokens": header.progress["tokens"],
+            "tiers": list(header.tiers), "domain": self.domain,
+        }  # fmt: skip
+
+    def layer(self, i: int) -> Layer:
+        """Block i for the method; its weights come into memory when they are first looked at."""
+        facts, found = self.checkpoint.facts[i], self.calibration
+        statistics = by_domain = features = None
+        if found is not None:
+            statistics = found.layer(i, self.domain)
+            by_domain = {name: found.layer(i, name) for name in found.header.domains}
+            if "C" in found.header.tiers:
+                features = lambda: tuple(torch.from_numpy(side) for side in found.features(i))  # noqa: E731
+        return Layer(facts, self.checkpoint.view[i], statistics, by_domain, features)  # type: ignore[arg-type]
+
+    def _decide(self) -> list[Any]:
+        looks, count = [], len(self.checkpoint.facts)
+        for i in range(count):
+            with self.checkpoint.lazily(i):
+                looks.append(self.method.look(self.layer(i)))
+            self.progress("looking", i + 1, count)
+        return self.method.decide(looks, self.checkpoint.facts)
+
+    def _others(self, shards: Shards) -> None:
+        """The shard of all that is in no block, as it is stored."""
+        if shards.done(0):
+            return
+        of_blocks = {name for names in self.checkpoint.of_block for name in names}
+        kept = [
+            stored
+            for name, other in self.checkpoint.others.items()
+            if name not in of_blocks
+            for ranges in other.lists.values()
+            for stored in ranges
+        ]
+        shards.copy(0, kept, self.checkpoint.reader)
+
+    def _block(self, i: int, decision: Any, resized: Resized, shards: Shards) -> Resized:
+        """Change, probe and write one block; the skeleton of the new sizes, which the first block may have narrowed."""
+        with self.checkpoint.lazily(i):
+            layer = self.layer(i)
+            change: Change = self.method.change(layer, decision)
+            change.check(layer.facts)
+            matrix = None if change.matrix_RD is None else self.checkpoint.name_of(layer.router_matrix())
+        inner = layer.facts.inner
+        if change.experts:
+            inner = next(iter(change.experts.values()))["down"].shape[1]
+        blank = View(resized.model)[i]
+        if inner != inner_of(blank) or len(change.keep) != blank.num_experts:
+            resized = resize(self.checkpoint.model, experts=len(change.keep), inner=inner)
+            blank = View(resized.model)[i]
+        made = edited(self.checkpoint, i, change, blank, matrix)
+        with put(resized.model, made):
+            seen = probe(blank, made)
+        report = {
+            "name": layer.facts.name,
+            "layer": layer.facts.layer,
+            "experts_before": layer.facts.experts,
+            "experts_after": len(change.keep),
+            "expert_map": change.expert_map(layer.facts.experts),
+            "scores": None if change.scores is None else change.scores.double().tolist(),
+            **change.report,
+        }
+        shards.write(i + 1, self._as_stored(i, made), {"probe": seen._asdict(), "block": report, "inner": inner})
+        return resized
+
+    def _as_stored(self, i: int, made: dict[str, Tensor]) -> list[tuple[str, Tensor]]:
+        matrices = self.checkpoint.matrices[i]
+        found: list[tuple[str, Tensor]] = []
+        for name, source in zip(matrices, self.checkpoint.sources[i], strict=True):
+            found += stored_tensors(source, made[name])
+        for name, tensor in made.items():
+            if name not in matrices:
+                stored = self.checkpoint.others[name].stored
+                found.append((stored.name, tensor.to(stored.dtype)))
+        return found
+
+    def _read_back(self, shards: Shards, probes: list[Probe]) -> None:
+        """Open the written folder as any checkpoint and have every block say what it said in memory."""
+        with Reader("drop") as reader:
+            written = Checkpoint(shards.partial, reader)
+            for i, expected in enumerate(probes):
+                with written.block(i) as block:
+                    names = [*written.matrices[i], *written.of_block[i]]
+                    own = all_tensors(written.model)
+                    found = probe(block, {name: own[name] for name in names if not own[name].is_meta})
+                if found != expected:
+                    raise BadInput(
+                        f"{shards.partial}: {block.name} read back from disk differs from the one in memory ({found} and "
+                        f"{expected}); the result is not to be trusted, and OUT was not made"
+                    )
+                self.progress("reading back", i + 1, len(probes))
