@@ -72,6 +72,10 @@ class Layer:
             raise BadInput(f"{self.facts.name}: this method reads calibration: name a text (--data) or a folder (--statistics)")
         return self._statistics
 
+    @property
+    def has_features(self) -> bool:
+        return self._features is not None
+
     def features(self) -> tuple[Tensor, Tensor]:
         """Tier C: what entered the block and what its routed experts gave, float32 [T, D] each. Raises BadInput for none."""
         if self._features is None:

@@ -1,4 +1,4 @@
-"""Surgery in memory: measure a live model it, change it in place, and the methods that must measure again in between.
+"""Surgery in memory: measure a live model, change it in place, and the methods that must measure again in between.
 
 The out-of-core run looks at every layer once, on statistics of the untouched model. Two published procedures cannot: a
 progressive one calibrates a layer with the layers before it already changed, an iterative one drops a few experts per round
