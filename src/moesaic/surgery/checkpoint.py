@@ -43,13 +43,16 @@ class Checkpoint:
         self.view = View(self.model)
         self.facts: list[Facts] = facts_of(self.view)
         names = {place: name for name, place in expert_parameters(self.model).items()}
+        if not all(isinstance(source, Source) for source in skeleton.sources.values()):
+            raise BadInput(f"{self.folder} is a packed folder: operate on the checkpoint that it was made of")
         self.matrices = [(names[i, 0], names[i, 1]) for i in range(len(self.view))]
         self.sources: list[tuple[Source, Source]] = []
-        for i in range(len(self.view)):
-            pair = tuple(skeleton.sources[name] for name in self.matrices[i])
-            if not all(isinstance(source, Source) for source in pair):
-                raise BadInput(f"{self.folder} is a packed folder: operate on the checkpoint that it was made of")
-            self.sources.append(pair)  # type: ignore[arg-type]
+        for i, (name, _) in enumerate(self.matrices):
+            if name != skeleton.sources[name].name:
+                raise BadInput(
+                    f"{name} shares its weights with {skeleton.sources[name].name}: surgery changes a block without others"
+                )
+            self.sources.append(tuple(skeleton.sources[name] for name in self.matrices[i]))  # type: ignore[arg-type]
         self.own = all_tensors(self.model)
         self.of_block = [self._names(block) for block in self.view]
 
@@ -61,11 +64,15 @@ class Checkpoint:
         return [name for name, tensor in self.own.items() if id(tensor) in held and name not in matrices]
 
     @cached_property
+    def grown(self) -> dict[str, torch.Size]:
+        """Shapes of all tensors in the same model with twice the experts."""
+        made = resize(self.model, experts=2 * self.facts[0].experts).model
+        return {name: tensor.shape for name, tensor in all_tensors(made).items()}
+
+    @cached_property
     def per_expert(self) -> set[str]:
         """Names of the tensors, of any block, with a row per expert: those that grow with the number of experts."""
-        grown = resize(self.model, experts=2 * self.facts[0].experts)
-        shapes = {name: tensor.shape for name, tensor in all_tensors(grown.model).items()}
-        return {name for name, tensor in self.own.items() if name in shapes and shapes[name] != tensor.shape}
+        return {name for name, tensor in self.own.items() if self.grown.get(name, tensor.shape) != tensor.shape}
 
     def bank(self, i: int, experts: list[int] | None = None) -> list[Tensor]:
         """Both stacked matrices of block i as the model has them, with these experts in this order; read from disk."""

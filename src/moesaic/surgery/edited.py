@@ -31,7 +31,7 @@ def edited(checkpoint: Checkpoint, i: int, change: Change, blank: Block, matrix:
         if len(fresh) < len(keep):
             raise ValueError(f"{facts.name}: experts of another width, and {len(keep) - len(fresh)} of them not given")
         read = [torch.empty(shape, dtype=checkpoint.own[name].dtype) for shape, name in zip(shapes, names, strict=True)]
-    found = dict(zip(names, read, strict=True)) | rest(checkpoint, i, change, blank)
+    found = dict(zip(names, read, strict=True)) | rest(checkpoint, i, change, matrix)
     prefix = names[1].rpartition(".")[0]
     for f in fresh:
         _place(blank, prefix, found, f, change.experts[f], facts.name)
@@ -42,7 +42,7 @@ def edited(checkpoint: Checkpoint, i: int, change: Change, blank: Block, matrix:
     return found
 
 
-def rest(checkpoint: Checkpoint, i: int, change: Change, blank: Block) -> dict[str, Tensor]:
+def rest(checkpoint: Checkpoint, i: int, change: Change, matrix: str | None) -> dict[str, Tensor]:
     """The tensors of block i that are no matrices of experts: a row per expert becomes a row per kept one."""
     facts, found = checkpoint.facts[i], checkpoint.rest(i)
     experts = set(_names_under(checkpoint, i))
@@ -52,15 +52,28 @@ def rest(checkpoint: Checkpoint, i: int, change: Change, blank: Block) -> dict[s
             raise BadInput(
                 f"{facts.name}: its router looks experts up in a table ({name}), where none can be taken out or merged"
             )
-        if name in checkpoint.per_expert:
-            extra = range(facts.experts, tensor.shape[0])  # of a router's own extra classes
-            found[name] = tensor[[*rows, *extra]]
+        if name not in checkpoint.per_expert:
+            continue
+        axis = row_axis(tensor, checkpoint.grown[name])
+        extra = tensor.narrow(axis, facts.experts, tensor.shape[axis] - facts.experts)  # a router's own extra classes
+        new = tensor.index_select(axis, torch.tensor(rows))
+        if name not in experts and tensor.numel() == tensor.shape[axis]:  # a number per row
+            if change.mix_RE is not None:
+                new = (change.mix_RE @ tensor.narrow(axis, 0, facts.experts).float().reshape(-1)).to(tensor).reshape(new.shape)
+            if change.shift_R is not None and matrix is not None and name == matrix.removesuffix("weight") + "bias":
+                new = (new.float() + change.shift_R.reshape(new.shape)).to(tensor)
+        found[name] = torch.cat([new, extra], axis)
     return found
 
 
 def _names_under(checkpoint: Checkpoint, i: int) -> list[str]:
     prefix = checkpoint.matrices[i][1].rpartition(".")[0] + "."
     return [name for name in checkpoint.of_block[i] if name.startswith(prefix)]
+
+
+def row_axis(tensor: Tensor, grown: torch.Size) -> int:
+    """The axis on which a tensor grows with the number of experts."""
+    return next(axis for axis, (a, b) in enumerate(zip(tensor.shape, grown, strict=True)) if a != b)
 
 
 def _lists_experts(tensor: Tensor, experts: int) -> bool:

@@ -16,9 +16,14 @@ from torch import Tensor
 from moesaic.core import registry
 from moesaic.core.errors import BadInput
 from moesaic.models.hosted.classes import Retrofitted, become, config_class
-from moesaic.models.hosted.install import Own, Spec, build, check_form, install, own_router
+from moesaic.models.hosted.install import Own, Spec, build, check_form, hosted_routers, install, own_router
 from moesaic.models.hosted.router import HostedRouter
 from moesaic.view.block import Block, View
+
+TRAINS = ("router", "router+experts", "all")
+
+CHEAP = ("mix_C2D", "vector_CD")
+"""Parameters of cheap experts, which learn with the router."""
 
 
 @dataclass
@@ -70,19 +75,22 @@ class Retrofit:
     plan: Plan
     before: Before
 
-    @torch.no_grad()
     def settle(self) -> Any:
         """The model to save. Where evaluation is the architecture's own routing, its own routers come back, with the
         trained rows, and nothing of the retrofit is left; else the model as it is."""
-        if not self.plan.stock:
-            return self.model
+        return self.hand_back() if self.plan.stock else self.model
+
+    @torch.no_grad()
+    def hand_back(self) -> Any:
+        """The model with its own routers, which take over the trained rows: the architecture's top-k, whatever trained it."""
         before, config = self.before, self.model.config
         for block, old in before.routers:
             name, hosted = _hosted_in(block)
-            rows = hosted.router.as_top_k()
-            assert rows is not None, "planned as one that stock transformers expresses"
+            score: Any = hosted.router.score
             matrix = next(p for p in old.parameters() if p.numel() > 1)
-            matrix.data = rows[0].detach().clone()
+            if matrix.shape != score.weight.shape:
+                raise BadInput(f"{block.name}: {len(score.weight)} router rows for {len(matrix)} experts")
+            matrix.data = score.weight.detach().clone()
             setattr(block.parent, name, old)
         self.model.__class__, config.__class__ = before.model_class, before.config_class
         for name in ("retrofit", "base_model_type"):
@@ -107,7 +115,7 @@ def plan_retrofit(
         raise BadInput(f"{type(model).__name__} is no causal language model with a decoder: a retrofit needs one")
     if isinstance(model, Retrofitted):
         raise BadInput(
-            f"this model was retrofitted with {cast(Any, model).config.retrofit['router']} already: start from the one before"
+            f"this model was retrofitted ({_what(cast(Any, model).config.retrofit)}) already: start from the one before"
         )
     config_class(cast(Any, type(model.config)))
     blocks = _chosen(View(model), layers)
@@ -161,8 +169,27 @@ def retrofit(model: Any, router: str = "topk", **how: Any) -> Retrofit:
     return Retrofit(model, plan, Before(replaced, *classes, hook))
 
 
+def check_trains(option: str, train: str) -> None:
+    if train not in TRAINS:
+        raise BadInput(f"{option} {train!r}: one of {', '.join(TRAINS)}")
+
+
+def learns(model: Any, train: str) -> list[Any]:
+    """The parameters of a retrofitted model that `train` (one of TRAINS) names."""
+    if train == "all":
+        return list(model.parameters())
+    routers = hosted_routers(model)
+    blocks = [block for block in View(model) if block.router in routers]
+    experts = [p for block in blocks for name, p in block.experts.named_parameters() if train != "router" or name in CHEAP]
+    return [*(p for router in routers for p in router.parameters()), *experts]
+
+
 def _start(router: Any, block: Block) -> None:
     router.extend(own_router(block).weight_ED)
+
+
+def _what(spec: Mapping[str, Any]) -> str:
+    return str(spec.get("router") or spec.get("bank"))
 
 
 def _chosen(view: View, layers: Iterable[int] | None) -> list[Block]:

@@ -23,8 +23,10 @@ from moesaic.surgery.objective import Given, Objective, Train, nats
 from moesaic.view.load import load
 
 FAMILIES = ("unlearn", "distill", "edit")
-PROBE_EVERY = 5
+PROBE_EVERY = 2
 """Steps between two looks at the text that `until` is about."""
+
+PROBE_TOKENS = 2048
 
 Score = Callable[[Any, Any, list[Document]], dict[str, Any]]
 """score(model, tokenizer, documents) -> at least bits_per_byte."""
@@ -32,7 +34,8 @@ Score = Callable[[Any, Any, list[Document]], dict[str, Any]]
 
 @dataclass(frozen=True)
 class Training:
-    """How long and how fast. `until`: stop at this many nats per token on the text to forget (unlearn)."""
+    """How long and how fast. `until`: stop at this many nats per token on the text to forget: the held-out one if there is
+    one, in rows of `seq_len` tokens."""
 
     steps: int = 100
     lr: float = 1e-4
@@ -130,7 +133,7 @@ def run_step(
             losses = train(
                 model, tokenizer, _batches(objective, found), parameters, objective=objective.loss, steps=steps,
                 lr=training.lr, batch_size=training.batch_size, seq_len=training.seq_len, seed=training.seed,
-                stop=_stop(model, tokenizer, found, training),
+                stop=_stop(model, tokenizer, read.get("forget") or found.get("forget"), training),
                 progress=lambda step, loss: say(f"step {step}  loss {loss:.3f}") if step % 10 == 0 else None,
             )  # fmt: skip
             row |= {"steps": len(losses), "first_loss": losses[0], "last_loss": losses[-1]}
@@ -166,31 +169,34 @@ def _batches(objective: Objective, found: Mapping[str, Any]) -> dict[str, Any]:
     return {name: found[name] for name in objective.texts}
 
 
-def _stop(model: Any, tokenizer: Any, found: Mapping[str, Any], training: Training) -> Callable[[int], bool]:
-    """Whether the text to forget has been forgotten as far as `until` asks; looked at on its first rows, now and then."""
+def first_nats(model: Any, tokenizer: Any, documents: Iterable[Document], seq_len: int) -> Callable[[], float]:
+    """Measures nats per token of the first rows of a text, in evaluation: what `until` looks at."""
+    start = tokenizer.eos_token_id
+    ids = [t for d in documents for t in (start, *tokenizer(d.text, add_special_tokens=False)["input_ids"])]
+    count = max(1, min(PROBE_TOKENS, len(ids)) // seq_len)
+    rows_BN = torch.tensor(ids[: count * seq_len]).reshape(count, -1)
+
+    @torch.no_grad()
+    def measure() -> float:
+        was, device = model.training, next(model.parameters()).device
+        model.eval()
+        with torch.autocast(device.type, torch.bfloat16):
+            now = float(nats(model, rows_BN.to(device)))
+        model.train(was)
+        return now
+
+    return measure
+
+
+def _stop(model: Any, tokenizer: Any, text: list[Document] | None, training: Training) -> Callable[[int], bool]:
+    """Whether the text to forget has been forgotten as far as `until` asks; looked at now and then."""
     until = training.until
     if until is None:
         return lambda done: False
-    if "forget" not in found:
+    if not text:
         raise BadInput(f"until {until}: there is no forget text to measure")
-    start = tokenizer.eos_token_id
-    ids = [t for d in found["forget"] for t in (start, *tokenizer(d.text, add_special_tokens=False)["input_ids"])]
-    length = training.seq_len
-    count = max(1, min(8, len(ids) // length))
-    rows_BN = torch.tensor(ids[: count * length]).reshape(count, -1)
-
-    @torch.no_grad()
-    def reached(done: int) -> bool:
-        if done % PROBE_EVERY:
-            return False
-        model.eval()
-        device = next(model.parameters()).device
-        with torch.autocast(device.type, torch.bfloat16):
-            now = float(nats(model, rows_BN.to(device)))
-        model.train()
-        return now >= until
-
-    return reached
+    measure = first_nats(model, tokenizer, text, training.seq_len)
+    return lambda done: done % PROBE_EVERY == 0 and measure() >= until
 
 
 def _scored(model: Any, tokenizer: Any, texts: Mapping[str, list[Document]], score: Score | None) -> dict[str, Any]:

@@ -114,7 +114,7 @@ def read(
     run: Callable[[Any, Tensor, Tensor], Any] | None = None,
 ) -> None:
     """Every piece through the model, in eval mode; `before` and `after` see each batch, `run` replaces `forward`."""
-    device = next(model.parameters()).device
+    device = next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))
     training = model.training
     model.eval()
     try:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterable
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,9 @@ from moesaic.view import Loaded, View, view
 
 SAVE_SECONDS = 60.0
 
+Pages = Callable[[Relay, int], AbstractContextManager[None]]
+"""pages(relay, group): the group's weights are in memory inside."""
+
 
 def calibrate(
     model: Any,
@@ -60,6 +63,7 @@ def calibrate(
     name: str = "",
     resume: bool = False,
     save_seconds: float = SAVE_SECONDS,
+    pages: Pages | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Calibration:
     """Collect the statistics of `tiers` over documents into the folder `out`.
@@ -75,6 +79,7 @@ def calibrate(
         shard: (i, n): this run takes every n-th piece from i on; `merge` adds the shards.
         trace: also record a `.moetrace` in the same pass, with `trace_options` of `moesaic.trace`.
         resume: go on from the last state in `out`.
+        pages: brings the weights of a model that is not in memory, some layers at a time.
 
     Raises BadInput, with nothing written, for options that do not fit.
     """
@@ -94,6 +99,8 @@ def calibrate(
     if not found:
         raise BadInput("there is no text to calibrate on" + (f" in shard {shard[0]}/{shard[1]}" if shard[1] > 1 else ""))
     groups = grouped(blocks, wanted, memory, layers_at_once)
+    if pages is not None and trace is not None:
+        raise BadInput("a trace is recorded with the whole model in memory: load it, or leave the trace out")
     facts = describe(blocks, tokenizer, source, name)
     settings = {"context": length, "pieces": len(found), "shard": list(shard), "groups": len(groups), "every": every}
     header = CalibrationHeader(
@@ -111,7 +118,7 @@ def calibrate(
     size = batch_size or corpus.batch_size(model, length)
     options = trace_options or {}
     _Run(
-        blocks, header, out, groups, found, size, tokenizer, by_domain, every, trace, options, progress, save_seconds
+        blocks, header, out, groups, found, size, tokenizer, by_domain, every, trace, options, progress, save_seconds, pages
     ).go()  # fmt: skip
     return open_calibration(out)
 
@@ -169,6 +176,7 @@ class _Run:
     trace_options: dict[str, Any]
     progress: Callable[[int, int], None]
     save_seconds: float
+    pages: Pages | None = None
 
     def __post_init__(self) -> None:
         self.tokens = sum(len(piece.ids) for piece in self.found)
@@ -181,10 +189,14 @@ class _Run:
         for number in range(int(done["group"]), len(self.groups)):
             layers = self.groups[number]
             sums = self._held(layers) if done["pieces_done"] else {layer: {} for layer in layers}
+            if "B" in self.header.tiers and self.pages is not None:
+                raise BadInput("tier B needs a backward pass through the whole model in memory: load it")
             if "B" in self.header.tiers and not done["pieces_done"]:  # before any hook is on: its passes are not to be counted
                 self._backward(layers, sums)
             with ExitStack() as stack:
                 last = number == len(self.groups) - 1
+                if self.pages is not None:
+                    stack.enter_context(self.pages(self.relay, number))
                 recorder = self._recorder(stack) if last and self.trace is not None else None
                 features = self._features(stack) if "C" in forward else None
                 if forward:
@@ -226,13 +238,14 @@ class _Run:
             except (Enough, Stop):
                 return
 
-        if recorder is None and number:
+        if recorder is None and number and self.pages is None:
             batch = next(corpus.batches(self.found, self.size, self.pad))
             self.relay.batch(batch.pieces)
             device = next(self.blocks.model.parameters()).device
             ids_BN, mask_BN = batch.ids_BN.to(device), batch.mask_BN.to(device)
             self.relay.check(number, lambda: run(self.blocks.model, ids_BN, mask_BN))
         stop = recorder is None and layers[-1] < len(self.blocks) - 1 and self.relay.broken
+        stop = stop or (self.pages is not None and number == len(self.groups) - 1)  # the head is not in memory
         stack.enter_context(self.relay.group(number, relayed=recorder is None))
         options = {"by_domain": self.by_domain, "every": self.every, "features": features, "stop": stop}
         collector = stack.enter_context(Collector(self.blocks, tiers, layers, **options))
