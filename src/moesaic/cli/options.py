@@ -38,6 +38,14 @@ Quantize = Annotated[
     str | None, typer.Option(help="Round while loading: int8, int4, int2, int4:group=32; the linear layers too: int4:linear=4.")
 ]
 
+Steers = Annotated[
+    list[str] | None,
+    typer.Option(help="A steering method, such as scmoe:beta=0.5 or mote:map=FILE,top=10; may be repeated; not exact."),
+]
+RoutingJson = Annotated[
+    str | None, typer.Option("--routing", help='JSON as in a request to `serve`: {"k": 1, "threshold": 0.1, "steer": {...}}.')
+]
+
 PrefetchBytes = Annotated[
     str | None, typer.Option(help="What a policy that guesses may read ahead in one pass; default: one token's experts.")
 ]
@@ -86,3 +94,23 @@ def pairs(option: str, text: str) -> dict[str, Any]:
             raise BadInput(f"{option} {part!r}: write name=value, separated by commas")
         found[key.strip()] = yaml.safe_load(value)
     return found
+
+
+def steering_of(steers: list[str] | None, routing: str | None) -> Any:
+    """What --steer and --routing ask for, or None. Raises BadInput naming the option and what is wrong in it."""
+    if not steers and routing is None:
+        return None
+    import json
+
+    from moesaic.steering.spec import steering
+
+    given: list[Any] = list(steers or [])
+    if routing is not None:
+        try:
+            fields = json.loads(routing)
+        except json.JSONDecodeError as error:
+            raise BadInput(f"--routing {routing!r}: no JSON ({error.msg} at character {error.pos})") from error
+        if not isinstance(fields, dict):
+            raise BadInput(f'--routing {routing!r}: give an object, such as {{"k": 1}}')
+        given.append(fields)
+    return steering(given)

@@ -44,6 +44,8 @@ def run(
     device_memory: options.DeviceMemory = None,
     device_policy: options.DevicePolicy = "lru",
     lossy: options.Lossy = None,
+    steer: options.Steers = None,
+    routing: options.RoutingJson = None,
     tune: options.Tune = False,
     data: Annotated[
         str | None, typer.Option(help="Text for --tune, and for --verify of a lossy mode; default: the prompt.")
@@ -73,6 +75,8 @@ def run(
     if tune and policy != "lru":
         raise BadInput(f"--tune chooses the policy: leave --policy {policy} out")
     options.check_quantize(quantize, experts, streams)
+    if verify and (steer or routing):
+        raise BadInput("--verify compares with the model as it is: leave --steer and --routing out")
     text = None if interactive and prompt is None and prompt_file is None else _prompt(prompt, prompt_file)
     target = None if no_page else page
     if target is not None:
@@ -82,6 +86,7 @@ def run(
     from moesaic.cli import run_session as session
     from moesaic.serving.generate import Sampling
 
+    asked = options.steering_of(steer, routing)
     sampling = Sampling(max_new_tokens, temperature, top_k, top_p, repetition_penalty, seed)
     out = progress_console if json else console
     streamed = found = None
@@ -100,6 +105,8 @@ def run(
         opened, streamed = open_streamed(model, dtype, trust_remote_code=trust_remote_code, **streams)
     live = session.Session(model, opened, sampling, out, None if json else sys.stdout, threads, streamed)
     live.tuned = found
+    if asked is not None:
+        live.steer(asked, [*(steer or []), *([] if routing is None else [routing])])
     live.show_facts()
     if interactive:
         _chat(live, text)

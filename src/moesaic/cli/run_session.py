@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -60,6 +61,15 @@ class Session:
         self.turns: list[dict[str, Any]] = []
         self.messages: list[dict[str, str]] = []
         self.ids: list[int] = []
+        self.steering: Any = None
+        self.steers: list[str] = []
+        self.notes: dict[str, Any] = {}
+
+    def steer(self, steering: Any, words: list[str]) -> None:
+        """Answer under a Steering from now on; `words` are how it was asked for. Raises BadInput where the model cannot."""
+        self.steering = steering.bind(self.model, None if self.recorder is None else self.recorder.blocks, self.tokenizer)
+        self.steers = words
+        self.facts["exact"] = False
 
     def encode(self, text: str) -> list[int]:
         return encode(self.tokenizer, text)
@@ -83,7 +93,23 @@ class Session:
         return self.turn
 
     def _generate(self, prompt_ids: list[int]) -> Generation:
-        return generate(self.model, self.tokenizer, prompt_ids, self.sampling, self._write)
+        if self.steering is None:
+            return generate(self.model, self.tokenizer, prompt_ids, self.sampling, self._write)
+        from moesaic.steering.generate import write
+
+        recorder = self.recorder
+
+        def courses(found: list[Any]) -> None:
+            if recorder is not None:
+                recorder.clear()  # the text so far is read again
+            self.notes.update(found[0].notes)
+            if found[0].refused is not None:
+                self.out.print(f"[yellow]no answer: {escape(found[0].refused)}[/yellow]")
+
+        call = partial(
+            write, self.model, steer=self.steering, on_course=courses, within=None if recorder is None else recorder.paused
+        )
+        return generate(self.model, self.tokenizer, prompt_ids, self.sampling, self._write, call)
 
     def _write(self, text: str) -> None:
         if self.stream is not None:
@@ -128,7 +154,9 @@ class Session:
             table.add_row("kernels", f"{kernel['backend']}: {kernel['reason']}")
         if facts["device"] == "cpu":
             table.add_row("threads", f"{facts['threads']}: {self.why_threads}")
-        if self.lossy is not None:
+        if self.steers:
+            table.add_row("exact", f"[yellow]no: steered by {escape(', '.join(self.steers))}[/yellow]")
+        elif self.lossy is not None:
             table.add_row("exact", f"[yellow]no: {escape(str(self.lossy))} changes which experts run[/yellow]")
         else:
             table.add_row(
@@ -139,6 +167,11 @@ class Session:
     def _rounded(self) -> str:
         """Why the weights are not those of the checkpoint."""
         return str(self.rounding) if self.rounding is not None else "weights rounded to a narrower dtype"
+
+    def _inexact(self) -> str | None:
+        if self.steers:
+            return "steered by " + ", ".join(self.steers)
+        return None if self.facts["exact"] else self._rounded()
 
     def show_prompt(self, text: str) -> None:
         self.out.print()
@@ -265,6 +298,7 @@ class Session:
             **(self.verified or {}),
             **self.loss,
             **({} if self.tuned is None else {"tune": self.tuned}),
+            **({"steer": self.steers, "steer_notes": self.notes} if self.steers else {}),
             **({"turns": self.turns} if self.turns else {}),
         }
 
@@ -295,7 +329,7 @@ class Session:
             routed=min((layer.experts_TK.shape[0] for layer in self.usage), default=0),
             layers=[_layer(layer) for layer in self.usage],
             marks=[(0, "prompt"), (len(turn.prompt_ids), "answer")],
-            made=_made(self.sampling, kernels, None if facts["exact"] else self._rounded(), self.lossy),
+            made=_made(self.sampling, kernels, self._inexact(), self.lossy),
             command=command,
         )
         written = write_atomically(path, page.html())

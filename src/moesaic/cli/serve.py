@@ -64,6 +64,9 @@ def serve(
     page_cache: options.PageCache = "direct",
     prefetch_bytes: options.PrefetchBytes = None,
     lossy: options.Lossy = None,
+    steer_file: Annotated[
+        list[str] | None, typer.Option(help="NAME=FILE: a file that requests may name in routing.steer; may be repeated.")
+    ] = None,
     tune: options.Tune = False,
     data: Annotated[str | None, typer.Option(help="The text that --tune replays.")] = None,
     threads: options.ChosenThreads = None,
@@ -107,6 +110,9 @@ def serve(
     if tune and device_memory is not None:
         raise BadInput(f"--tune chooses the policy of host memory: leave --device {device} out, then give it")
     keys = _keys(api_key, api_key_file)
+    files = _files(steer_file)
+    if files and models is not None:
+        raise BadInput("--steer-file is for one model: leave --models out")
     from moesaic.serving import http
 
     http.require()
@@ -153,6 +159,7 @@ def serve(
         threads=threads,
         access_log=access_log,
         json=json,
+        files=files,
         **limits,
     )
 
@@ -175,6 +182,7 @@ def run(
     grace: float,
     access_log: bool,
     json: bool,
+    files: dict[str, str] | None = None,
 ) -> None:
     """Serve a loaded model, wherever it came from, until a signal. `streamed`: what serves its experts from disk."""
     import torch
@@ -186,6 +194,7 @@ def run(
     from moesaic.serving.http.service import Service
     from moesaic.serving.rounding import rounding_of
     from moesaic.serving.streamed.describe import live_facts
+    from moesaic.steering.spec import steering
 
     if streamed is None:
         allow_packing(model)
@@ -197,7 +206,7 @@ def run(
     facts["threads"], why = choose_threads(facts, threads)
     made = Engine(model, tokenizer, threads=torch.get_num_threads(), **engine)
     live = None if streamed is None else partial(live_facts, streamed.engine)
-    service = Service(made, names, timeout, write_timeout, facts, live)
+    service = Service(made, names, timeout, write_timeout, facts, live, partial(steering, files=files or {}))
     app = build(service, keys=keys, max_body=max_body)
     server = Server(app, made, grace=grace, access_log=access_log)
     address, port = bound.getsockname()[:2]
@@ -237,6 +246,17 @@ def _keys(given: list[str] | None, file: Path | None) -> list[str]:
     if any(not key.strip() or not key.isascii() for key in keys):
         raise BadInput("--api-key: a key is ASCII text and not empty")
     return [key.strip() for key in keys]
+
+
+def _files(given: list[str] | None) -> dict[str, str]:
+    """Names that requests use -> paths that they never see."""
+    files: dict[str, str] = {}
+    for word in given or []:
+        name, equals, path = word.partition("=")
+        if not equals or not name.strip() or not Path(path).is_file():
+            raise BadInput(f"--steer-file {word!r}: give NAME=FILE, and a file that is there")
+        files[name.strip()] = path
+    return files
 
 
 def _check(**values: float) -> None:

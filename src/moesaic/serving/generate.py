@@ -106,10 +106,11 @@ def generate(
     prompt_ids: list[int],
     sampling: Sampling,
     on_text: Callable[[str], None] = lambda text: None,
+    call: Callable[..., Any] | None = None,
 ) -> Generation:
     """Continue `prompt_ids`, calling `on_text` with each finished piece of text. Ctrl-C ends it with what there is.
 
-    Raises BadInput when the prompt leaves no room in the context.
+    `call` takes what `model.generate` takes, and stands in for it. Raises BadInput when the prompt leaves no room in the context.
     """
     longest = check_fits(model.config, len(prompt_ids))
     room = sampling.max_new_tokens if longest is None else min(sampling.max_new_tokens, longest - len(prompt_ids))
@@ -121,7 +122,7 @@ def generate(
     interrupted = False
     try:
         with torch.inference_mode():
-            model.generate(
+            (model.generate if call is None else call)(
                 ids,
                 attention_mask=torch.ones_like(ids),
                 max_new_tokens=room,

@@ -55,6 +55,16 @@ class Recorder:
     def __init__(self, blocks: Any) -> None:
         self.blocks = blocks
         self._seen: list[list[tuple[Tensor, Tensor]]] = [[] for _ in blocks]
+        self._paused = False
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Calls inside are not the answer's own: a pass beside it."""
+        self._paused = True
+        try:
+            yield
+        finally:
+            self._paused = False
 
     def clear(self) -> None:
         for calls in self._seen:
@@ -70,9 +80,10 @@ class Recorder:
             for handle in handles:
                 handle.remove()
 
-    @staticmethod
-    def _keep(calls: list[tuple[Tensor, Tensor]]) -> Any:
+    def _keep(self, calls: list[tuple[Tensor, Tensor]]) -> Any:
         def keep(routing: Routing, block: Any) -> None:
+            if self._paused:
+                return
             assert routing.experts_TK is not None
             assert routing.weights_TK is not None
             calls.append((routing.experts_TK.to("cpu", torch.int32), routing.weights_TK.detach().to("cpu", torch.float32)))

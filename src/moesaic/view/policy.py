@@ -35,7 +35,7 @@ class Policy:
         mask: bool [E], or [blocks, E]: False = never chosen.
         without: expert ids that are never chosen (a shorter way to say mask).
         bias: float [E], or [blocks, E]: added to what the selection sees, not to the weights.
-        force: int [T, K]: exactly these experts, weighted the architecture's own way.
+        force: int [T, K], or [K] for every token: exactly these experts, weighted the architecture's own way.
         rank: only the rank-th best expert of the selection (1 = the best), weighted the architecture's own way.
         logits: float [E], or [blocks, E]: added to the router's logits, before softmax or sigmoid; may require gradients.
         probs: float [E], or [blocks, E]: stands in for the softmax of the logits, before top-k; may require gradients.
@@ -86,6 +86,7 @@ class Choice:
     allow_E: Tensor | None = None
     bias_E: Tensor | None = None
     force_TK: Tensor | None = None
+    """Or [K], for every token."""
     rank: int | None = None
     logits_E: Tensor | None = None
     probs_E: Tensor | None = None
@@ -165,8 +166,12 @@ def _resolve_block(policy: Policy, block: Any, index: int, count: int) -> Choice
     force_TK = pick(policy.force)
     if force_TK is not None:
         force_TK = torch.as_tensor(force_TK, dtype=torch.long)
-        if force_TK.dim() != 2 or not 0 <= int(force_TK.min()) <= int(force_TK.max()) < experts:
-            raise BadInput(f"policy force: {block.name} takes ids [T, K] within 0 to {experts - 1}")
+        if not force_TK.numel():
+            raise BadInput("policy force: needs at least one expert")
+        if force_TK.dim() not in (1, 2) or not 0 <= int(force_TK.min()) <= int(force_TK.max()) < experts:
+            raise BadInput(f"policy force: {block.name} takes ids [T, K] or [K] within 0 to {experts - 1}")
+        if force_TK.dim() == 1 and len(force_TK.unique()) < len(force_TK):
+            raise BadInput("policy force: an expert stands in it twice")
     usable = experts if allow_E is None else int(allow_E.sum())
     rank = number(policy.rank, "rank", int, lambda n: 1 <= n <= usable, f"1 to {usable}, the experts it can rank")
     if rank is not None and (k is not None or force_TK is not None):

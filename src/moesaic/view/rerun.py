@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import copy
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -30,6 +31,8 @@ from moesaic.view.policy import Choice
 def rerun(router: nn.Module, args: tuple, kwargs: dict, output: Any, choice: Choice, num_experts: int) -> Any:
     """The router's output under a choice, for the same inputs; `output` is what it gave without one."""
     ids_TK = output[ids_at(output)]
+    if choice.force_TK is not None and choice.force_TK.dim() == 1:
+        choice = replace(choice, force_TK=choice.force_TK.to(ids_TK.device).expand(ids_TK.shape[0], -1))
     if choice.force_TK is not None and choice.force_TK.shape[0] != ids_TK.shape[0]:
         raise BadInput(f"policy force: ids for {choice.force_TK.shape[0]} tokens, the call has {ids_TK.shape[0]}")
     k = choice.k if choice.force_TK is None else choice.force_TK.shape[1]

@@ -341,3 +341,28 @@ def test_expert_use_counts_every_token_once(tiny, made):
     fed = sum(map(len, prompts)) + 3 * 5  # the last token of an answer is never read
     for layer in engine.meter.load.read():
         assert sum(layer["total"]) == 2 * fed, "padding is routed nowhere"
+
+
+def test_rank_threshold_and_logits_are_per_row(tiny, made):
+    """Fields that act on what is scored and on what was chosen, among neighbours: each text is that of a run alone."""
+    model, tokenizer = tiny
+    blocks = view(model)
+    ids = tokenizer("the router")["input_ids"]
+    wanted = [
+        {"rank": 2},
+        {"threshold": 0.45},
+        None,
+        {"logits": {"1": [3.0, 0, 0, -2.0]}},
+        {"rank": {"0": 3}, "threshold": 0.1},
+    ]
+    engine = made(model, tokenizer)
+    answers = Answers(engine)
+    engine.submit(
+        [answers.job(i, ids, greedy(12), steering=fields and Steering(fields, blocks)) for i, fields in enumerate(wanted)]
+    )
+    answers.wait(len(wanted))
+    assert engine.meter.stepped_rows > engine.meter.steps
+    for i, fields in enumerate(wanted):
+        fields = {k: {int(n): x for n, x in v.items()} if isinstance(v, dict) else v for k, v in (fields or {}).items()}
+        with blocks.policy(**fields):
+            assert answers.texts[i, 0] == alone(model, tokenizer, ids, 12), fields

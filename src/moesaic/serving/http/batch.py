@@ -6,6 +6,8 @@ B rows, L positions (padded on the left), V vocabulary.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -13,7 +15,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from moesaic.serving.http import cache as caches
-from moesaic.serving.http.jobs import Row
+from moesaic.serving.http.jobs import Beside, Row
 from moesaic.serving.http.steering import steer
 from moesaic.view import View
 
@@ -31,7 +33,7 @@ class Runner:
         """Whether rows of different lengths can share a call."""
 
     def __call__(
-        self, ids_BN: Tensor, mask_BL: Tensor, positions_BN: Tensor, cache: Any, rows: list[Row]
+        self, ids_BN: Tensor, mask_BL: Tensor, positions_BN: Tensor, cache: Any, rows: Sequence[Row | Beside]
     ) -> tuple[Tensor, Any]:
         """Logits [B, V] of the last position, float32 on the CPU, and the cache."""
         if cache is None and self._own_cache:
@@ -45,7 +47,8 @@ class Runner:
             "logits_to_keep": 1,
         }
         given = {name: value for name, value in given.items() if name in self._takes}
-        with steer(self.blocks, [row.job.steering for row in rows], ids_BN.numel()):
+        around = rows[0].course.around  # such a row is alone in its batch
+        with around() if around is not None else nullcontext(), steer(self.blocks, [row.policy for row in rows]):
             output = self.model(**given)
         cache = getattr(output, "past_key_values", None) if cache is None else cache
         return output.logits[:, -1].float().cpu(), cache
@@ -54,15 +57,17 @@ class Runner:
 class Batch:
     """Rows that run in one call. `rows[i]` is row i of the cache."""
 
-    def __init__(self, runner: Runner, rows: list[Row], cache: Any, mask_BL: Tensor) -> None:
-        self.runner, self.rows, self._cache, self._mask_BL = runner, rows, cache, mask_BL
+    def __init__(self, runner: Runner, rows: Sequence[Row | Beside], cache: Any, mask_BL: Tensor) -> None:
+        self.runner, self.rows, self._cache, self._mask_BL = runner, list(rows), cache, mask_BL
         self._before: list[tuple[Any, ...]] | None = None
+        self.shares = True
+        """Whether other answers may join."""
 
     @classmethod
-    def read(cls, runner: Runner, row: Row, copies: int) -> tuple[Batch, Tensor]:
-        """Read the row's prompt, alone; the batch has `copies` places for it, to be named by `keep`. And its logits [V]."""
+    def read(cls, runner: Runner, row: Row | Beside, copies: int) -> tuple[Batch, Tensor]:
+        """Read the row's text, alone; the batch has `copies` places for it, to be named by `keep`. And its logits [V]."""
         length = row.length
-        ids_BN = torch.tensor([row.job.prompt_ids], device=runner.device)
+        ids_BN = torch.tensor([[*row.job.prompt_ids, *row.written]], device=runner.device)
         positions_BN = torch.arange(length, device=runner.device)[None]
         mask_BL = torch.ones(1, length, dtype=torch.long, device=runner.device)
         logits_BV, cache = runner(ids_BN, mask_BL, positions_BN, None, [row])
@@ -72,14 +77,14 @@ class Batch:
     def joins(self) -> bool:
         return self.runner.shares and caches.mergeable(self._cache)
 
-    def split(self, rows: list[Row]) -> list[Batch]:
+    def split(self, rows: Sequence[Row]) -> list[Batch]:
         """After `read`: a batch for each of these rows, each with a cache of its own."""
         own = [self._cache, *(caches.duplicate(self._cache) for _ in rows[1:])]
         return [Batch(self.runner, [row], cache, self._mask_BL) for row, cache in zip(rows, own, strict=False)]
 
-    def spread(self, rows: list[Row]) -> Batch:
+    def spread(self, rows: Sequence[Row | Beside]) -> Batch:
         """After `read`: one batch in which every one of these rows starts from the prompt."""
-        self.rows = rows
+        self.rows = list(rows)
         self._cache = caches.select(self._cache, [0] * len(rows), self._mask_BL.shape[1])
         self._mask_BL = self._mask_BL.expand(len(rows), -1)
         return self
@@ -112,11 +117,16 @@ class Batch:
         return True
 
     def apart(self) -> list[Batch]:
-        """A batch for each row, without the padding of the others."""
-        return [
-            Batch(self.runner, [row], caches.one_row(self._cache, i, row.length), self._mask_BL[[i], -row.length :])
-            for i, row in enumerate(self.rows)
-        ]
+        """A batch for each answer and the rows beside it, without the padding of the others."""
+        places: dict[int, list[int]] = {}
+        for i, row in enumerate(self.rows):
+            places.setdefault(id(row.owner), []).append(i)
+        return [self._only(at) for at in places.values()]
+
+    def _only(self, at: list[int]) -> Batch:
+        length = self.rows[at[0]].length
+        cache = caches.some_rows(self._cache, at, length)
+        return Batch(self.runner, [self.rows[i] for i in at], cache, self._mask_BL[at, -length:])
 
     def keep(self, wanted: list[bool]) -> None:
         """Rows that are not wanted leave, and so does padding that only they needed."""

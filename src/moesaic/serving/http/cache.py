@@ -73,11 +73,11 @@ def rewind(cache: Any, marked: list[tuple[Any, ...]]) -> None:
             layer.keys, layer.values = layer.keys[..., : before[0], :], layer.values[..., : before[0], :]
 
 
-def one_row(cache: Any, row: int, length: int) -> Any:
-    """A mergeable cache of this row's last `length` positions; the given one stays as it is."""
+def some_rows(cache: Any, rows: list[int], length: int) -> Any:
+    """A mergeable cache of these rows' last `length` positions; the given one stays as it is."""
     own = copy.copy(cache)
     own.layers = [copy.copy(layer) for layer in cache.layers]
-    return select(own, [row], length)
+    return select(own, rows, length)
 
 
 def duplicate(cache: Any) -> Any:

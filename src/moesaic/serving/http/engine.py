@@ -27,11 +27,11 @@ from typing import Any
 
 import torch
 
-from moesaic.core.errors import MoesaicError, NotMoE
+from moesaic.core.errors import BadInput, MoesaicError, NotMoE
 from moesaic.serving.generate import context_length, end_tokens
 from moesaic.serving.http.batch import Batch, Runner
 from moesaic.serving.http.errors import ApiError, closing, timed_out
-from moesaic.serving.http.jobs import Done, Failed, Job, Row
+from moesaic.serving.http.jobs import Beside, Done, Failed, Job, Row, drawn_from
 from moesaic.serving.http.meter import ExpertLoad, Meter
 from moesaic.store import ReadFailed
 from moesaic.view import View, view
@@ -255,6 +255,8 @@ class Engine:
                 self._read(job)
             except ReadFailed as error:
                 self._fail(job, _unread(error))
+            except ApiError as error:
+                self._fail(job, error)
             except MoesaicError as error:  # a routing that only the router itself could refuse
                 self._fail(job, ApiError(400, str(error), param="routing"))
             except Exception:
@@ -267,24 +269,58 @@ class Engine:
         self.meter.read_prompt(job)
         job.outcome = "running"
         rows = [Row(job, index, self.tokenizer, self._ends) for index in range(job.n)]
+        if job.steering is not None:
+            courses = [job.steering.start(job.prompt_ids)]
+            if not courses[0].shares:  # a course that changes is each answer's own
+                courses += [job.steering.start(job.prompt_ids) for _ in rows[1:]]
+            if courses[0].refused is not None:
+                raise ApiError(422, courses[0].refused, code="abstained", param="routing")
+            for i, row in enumerate(rows):
+                row.course = courses[min(i, len(courses) - 1)]
+        if not rows[0].course.shares:
+            for row in rows:
+                self._read_apart(row)
+            self.meter.drew(job, job.n)
+            self._finish(rows)
+            return
         batch, logits_V = Batch.read(self._runner, rows[0], job.n)
+        others = [Batch.read(self._runner, Beside(rows[0], c), job.n) for c in range(len(rows[0].course.beside))]
+        if others and not batch.joins:
+            raise BadInput("this model's cache cannot hold a second pass beside an answer")
+        mix = rows[0].course.mix
+        if mix is not None:
+            logits_V = mix(logits_V, torch.stack([logits for _, logits in others]))
         going = [row for row in rows if not self._take(row, logits_V)]
         self.meter.drew(job, job.n)
         self._finish(rows)
         if not going or job.over:
             return
-        if self.alone or not batch.joins:
+        apart = self.alone or not batch.joins
+        if apart and not others:
             self._batches += batch.split(going)
             return
         batch = batch.spread(going)
-        shared = next((b for b in self._batches if b.joins), None)
-        if shared is None:
+        for c, (other, _) in enumerate(others):
+            batch.join(other.spread([Beside(row, c) for row in going]))
+        shared = next((b for b in self._batches if b.joins and b.shares), None)
+        if shared is None or apart:
+            batch.shares = not apart
             self._batches.append(batch)
         else:
             shared.join(batch)
 
+    def _read_apart(self, row: Row) -> None:
+        """Read, or read again, the text of an answer that shares no call; draw, and give it a batch of its own."""
+        batch, logits_V = Batch.read(self._runner, row, 1)
+        batch.shares = False
+        if not self._take(row, logits_V) and not row.job.over:
+            self._batches.append(batch)
+
     def _step(self) -> None:
         for batch in list(self._batches):
+            if any(row.owner.due for row in batch.rows):
+                self._turn(batch)
+                continue
             try:
                 logits_BV = batch.step()
             except ReadFailed as error:
@@ -297,18 +333,33 @@ class Engine:
             self._draw(batch, logits_BV)
         self._sweep()
 
+    def _turn(self, batch: Batch) -> None:
+        """An answer whose course changes now: its text is read again under the next one."""
+        self._batches.remove(batch)
+        row = batch.rows[0].owner
+        try:
+            row.turn()
+            self._read_apart(row)
+            self.meter.drew(row.job, 1)
+        except MoesaicError as error:
+            self._fail(row.job, ApiError(400, str(error), param="routing"))
+        except Exception:
+            log.exception("steering an answer failed")
+            self._fail(row.job, ApiError(500, "the model failed while answering; see the server's log"))
+        self._finish([row])
+
     def _draw(self, batch: Batch, logits_BV: torch.Tensor) -> None:
         """Give the rows of a step their tokens; complete ones leave."""
         self.meter.stepped(len(batch.rows))
+        answers = drawn_from(batch.rows, logits_BV)
         counts: dict[int, int] = {}
-        for row in batch.rows:
+        for row, _ in answers:
             counts[row.job.number] = counts.get(row.job.number, 0) + 1
-        for job in {row.job.number: row.job for row in batch.rows}.values():
+        for job in {row.job.number: row.job for row, _ in answers}.values():
             self.meter.drew(job, counts[job.number])
-        keep = [not self._take(row, logits_V) for row, logits_V in zip(batch.rows, logits_BV, strict=True)]
-        rows = batch.rows
-        batch.keep(keep)
-        self._finish(rows)
+        complete = {id(row) for row, logits_V in answers if self._take(row, logits_V)}
+        batch.keep([id(row.owner) not in complete for row in batch.rows])
+        self._finish([row for row, _ in answers])
 
     def _step_apart(self, batch: Batch, error: ReadFailed) -> None:
         """Experts that some row of a batch needs did not come: do the step again row by row, so that only rows that need

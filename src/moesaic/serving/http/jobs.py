@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from moesaic.serving.http.errors import ApiError
@@ -15,6 +16,8 @@ from moesaic.serving.http.sampling import Drawn, Options, Sampler
 from moesaic.serving.http.steering import Steering
 from moesaic.serving.http.stops import StopText
 from moesaic.serving.stream import TextPieces
+from moesaic.view import Policy
+from moesaic.view.course import Course
 
 Reason = Literal["stop", "length"]
 _numbers = itertools.count(1)
@@ -99,6 +102,9 @@ class Row:
     def __init__(self, job: Job, index: int, tokenizer: Any, ends: frozenset[int]) -> None:
         self.job, self.index, self.length = job, index, len(job.prompt_ids)
         self.last = -1
+        self.course = Course()
+        self.written: list[int] = []
+        self.changed_at = 0
         self._ends = frozenset() if job.options.ignore_eos else ends
         self._sampler = Sampler(job.options, index)
         self._pieces = TextPieces(tokenizer)
@@ -107,10 +113,32 @@ class Row:
         self._seen = self._sent = 0
         self._tokens: list[TokenText] = []
 
+    @property
+    def policy(self) -> Policy | None:
+        return self.course.policy
+
+    @property
+    def owner(self) -> Row:
+        return self
+
+    @property
+    def due(self) -> bool:
+        """Whether the answer's course changes before its next token."""
+        tokens = self.course.tokens
+        return self.course.then is not None and tokens is not None and len(self.written) - self.changed_at >= tokens
+
+    def turn(self) -> None:
+        """Take the next course; the text so far is then to be read again. May run the model."""
+        assert self.course.then is not None
+        self.course = self.course.then([*self.job.prompt_ids, *self.written])
+        self.changed_at = len(self.written)
+        self.length = len(self.job.prompt_ids) + len(self.written)
+
     def take(self, logits_V: Tensor) -> bool:
         """Draw a token, hand on the text that became certain; True when the answer is complete."""
         drawn = self._sampler.draw(logits_V)
         self.last = drawn.token
+        self.written.append(drawn.token)
         self._left -= 1
         ended = drawn.token in self._ends
         if not ended:
@@ -146,3 +174,44 @@ class Row:
         ready = [token for token in self._tokens if token.start < self._sent or (reason and not self._stops.stopped)]
         self._tokens = self._tokens[len(ready) :]
         self.job.deliver(Piece(self.index, text, tuple(ready), reason))
+
+
+class Beside:
+    """A row that reads an answer's tokens under another policy, with a cache of its own; it draws none."""
+
+    def __init__(self, owner: Row, number: int) -> None:
+        self.owner, self.number, self.length = owner, number, owner.length
+
+    @property
+    def job(self) -> Job:
+        return self.owner.job
+
+    @property
+    def course(self) -> Course:
+        return self.owner.course
+
+    @property
+    def written(self) -> list[int]:
+        return self.owner.written
+
+    @property
+    def last(self) -> int:
+        return self.owner.last
+
+    @property
+    def policy(self) -> Policy | None:
+        return self.owner.course.rows()[1 + self.number]
+
+
+def drawn_from(rows: Sequence[Row | Beside], logits_BV: Tensor) -> list[tuple[Row, Tensor]]:
+    """The answers of a batch, each with the logits that it draws from: its own, mixed with those of the rows beside it."""
+    beside: dict[int, list[Tensor]] = {}
+    for row, logits_V in zip(rows, logits_BV, strict=True):
+        if isinstance(row, Beside):
+            beside.setdefault(id(row.owner), []).append(logits_V)
+    found = []
+    for row, logits_V in zip(rows, logits_BV, strict=True):
+        if isinstance(row, Row):
+            mix = row.course.mix
+            found.append((row, logits_V if mix is None else mix(logits_V, torch.stack(beside[id(row)]))))
+    return found

@@ -17,6 +17,7 @@ Finite = Annotated[float, Field(allow_inf_nan=False)]
 Ids = Annotated[list[Token], Field(min_length=1)]
 Texts = Annotated[list[str], Field(min_length=1, max_length=256)]
 IdLists = Annotated[list[Ids], Field(min_length=1, max_length=256)]
+Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 Experts = Annotated[int, Field(ge=1)]
 Penalty = Annotated[float, Field(ge=-2, le=2, allow_inf_nan=False)]
 TokenName = Annotated[str, StringConstraints(pattern=r"^[0-9]{1,9}$")]
@@ -37,6 +38,16 @@ class Routing(BaseModel):
         None, description="One number per expert, added to what the selection compares."
     )
     force: Ids | dict[str, Ids] | None = Field(None, description="Every token takes exactly these experts.")
+    rank: Experts | dict[str, Experts] | None = Field(None, description="Every token takes its rank-th best expert alone.")
+    threshold: Share | dict[str, Share] | None = Field(
+        None, description="Experts with a smaller share of a token's weight are left out."
+    )
+    logits: list[Finite] | dict[str, list[Finite]] | None = Field(
+        None, description="One number per expert, added to the router's logits: weights follow too."
+    )
+    steer: Annotated[dict[Name, dict[str, Any]], Field(max_length=8)] | None = Field(
+        None, description='Steering methods, {name: options}, such as {"scmoe": {"beta": 0.5}}.'
+    )
 
 
 class StreamOptions(BaseModel):

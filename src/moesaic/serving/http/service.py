@@ -16,7 +16,7 @@ from moesaic.serving.http.jobs import Job
 from moesaic.serving.http.prompts import Prompts
 from moesaic.serving.http.sampling import Options
 from moesaic.serving.http.schemas import Common, Routing
-from moesaic.serving.http.steering import Steering
+from moesaic.serving.http.steering import Methods, Steering
 
 ENDLESS = 2048
 """Tokens of an answer whose request names none, on a model whose context has no known end."""
@@ -32,6 +32,7 @@ class Service:
         write_timeout: seconds that a client may leave written text untaken.
         facts: what the live page says about the model.
         streaming: what `/stats` says of experts that are read from disk, asked for each time; None where none are.
+        methods: what `routing.steer` is made into; None where requests may name no methods.
     """
 
     engine: Engine
@@ -40,6 +41,7 @@ class Service:
     write_timeout: float = 60.0
     facts: dict[str, Any] = field(default_factory=dict)
     streaming: Callable[[], dict[str, Any]] | None = None
+    methods: Methods | None = None
 
     def __post_init__(self) -> None:
         self.created = int(time.time())
@@ -61,7 +63,7 @@ class Service:
         if not fields:
             return None
         try:
-            return Steering(fields, self.engine.blocks)
+            return Steering(fields, self.engine.blocks, self.methods, self.engine.model, self.engine.tokenizer)
         except (MoesaicError, ValueError) as error:
             raise ApiError(400, f"routing: {str(error).removeprefix('routing: ')}", param="routing") from error
 

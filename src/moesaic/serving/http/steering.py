@@ -1,63 +1,75 @@
-"""`routing` of a request: which experts its tokens may use. One policy per row of the batch, so neighbours are untouched.
+"""`routing` of a request: which experts its tokens may use, and how it is steered. Every row of the batch follows its own
+policy, so neighbours are untouched.
 
-T tokens, K slots per token, E experts.
+The fields of a policy are known here. `routing.steer` names methods, which the server was given as a function: it makes of
+{method: options} and a policy something whose `start(prompt_ids)` gives a course (view/course.py).
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
-import torch
-
 from moesaic.core.errors import BadInput
 from moesaic.view import Policy, View
+from moesaic.view.course import Course
 from moesaic.view.policy import resolve
 
-FIELDS = ("k", "mask", "without", "bias", "force")
+Methods = Callable[[Mapping[str, Any]], Any]
+"""`routing` of a request -> what has `bind(model, blocks, tokenizer)`, `start(prompt_ids)` and `alone`."""
 
 
 class Steering:
     """One `routing` field, checked against the model. Values hold for all layers, or are {layer or block name: value}."""
 
-    def __init__(self, fields: Mapping[str, Any], blocks: View | None) -> None:
-        """Raises BadInput for unknown layers, wrong sizes, and a k or ids that the model does not have."""
+    def __init__(
+        self,
+        fields: Mapping[str, Any],
+        blocks: View | None,
+        methods: Methods | None = None,
+        model: Any = None,
+        tokenizer: Any = None,
+    ) -> None:
+        """Raises BadInput for unknown layers, wrong sizes, a k or ids that the model does not have, and methods not offered."""
         if blocks is None:
             raise BadInput("routing: this model is dense, it has no experts to choose from")
-        given = {name: _by_layer(value) for name, value in fields.items() if value is not None}
-        self.key = json.dumps(given, sort_keys=True, default=str)
-        self._force = given.pop("force", None)
+        steer = fields.get("steer")
+        given = {name: _by_layer(value) for name, value in fields.items() if value is not None and name != "steer"}
         self._policy = Policy(**given)
-        resolve(self.policy(1), blocks)
+        resolve(self._policy, blocks)
+        self._methods: Any = None
+        if steer:
+            if methods is None:
+                raise BadInput("routing: this server was started without steering methods")
+            self._methods = methods({**given, "steer": steer}).bind(model, blocks, tokenizer)
 
-    def policy(self, tokens: int) -> Policy:
-        """The policy for a call with this many tokens: forced experts are the same for each of them."""
-        if self._force is None:
-            return self._policy
-        force: Any = {k: _rows(v, tokens) for k, v in self._force.items()} if isinstance(self._force, dict) else None
-        force = _rows(self._force, tokens) if force is None else force
-        return Policy(self._policy.k, self._policy.mask, self._policy.without, self._policy.bias, force)
+    def start(self, prompt_ids: Sequence[int]) -> Course:
+        """The course of an answer; may run the model."""
+        return Course(policy=self._policy) if self._methods is None else self._methods.start(prompt_ids)
 
 
-def steer(blocks: View | None, rows: Sequence[Steering | None], tokens: int) -> AbstractContextManager[Any]:
-    """The context for one model call of `tokens` tokens in all; equal policies are one, so a router runs once for each."""
+def steer(blocks: View | None, rows: Sequence[Policy | None]) -> AbstractContextManager[Any]:
+    """The context for one model call; equal policies are one, so a router runs once for each."""
     if blocks is None or all(row is None for row in rows):
         return nullcontext()
-    made: dict[str, Policy] = {}
-    policies: list[Policy | None] = []
-    for row in rows:
-        policies.append(None if row is None else made.setdefault(row.key, row.policy(tokens)))
-    return blocks.policy(rows=policies)
+    made: list[Policy] = []
+    return blocks.policy(rows=[None if row is None else _known(row, made) for row in rows])
 
 
-def _rows(ids: Sequence[int], tokens: int) -> torch.Tensor:
-    if not ids:
-        raise BadInput("policy force: needs at least one expert")
-    if len(set(ids)) != len(ids):
-        raise BadInput("policy force: an expert stands in it twice")
-    return torch.tensor(list(ids), dtype=torch.long).expand(tokens, -1)
+def _known(policy: Policy, made: list[Policy]) -> Policy:
+    for other in made:
+        if other is policy or _equal(other, policy):
+            return other
+    made.append(policy)
+    return policy
+
+
+def _equal(first: Policy, second: Policy) -> bool:
+    try:
+        return bool(first == second)
+    except (RuntimeError, ValueError):  # tensors that have more than one truth
+        return False
 
 
 def _by_layer(value: Any) -> Any:
