@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -143,3 +144,48 @@ def loss(model: Any, batches: Iterable[Tensor]) -> float:
         total += float(torch.nn.functional.cross_entropy(logits.flatten(0, 1), target.flatten(), reduction="sum"))
         count += target.numel()
     return total / max(count, 1)
+
+
+def masked_losses(model: Any, batches: Sequence[Tensor]) -> list[float]:
+    """For each block, the mean rise of the model's loss when one of its experts cannot be chosen (MoE-I2's importance; a
+    block whose experts all help by chance less than nothing counts 0). A pass over the ids for every expert of the model.
+    """
+    blocks, before = View(model), loss(model, batches)
+    found = []
+    for block in blocks:
+        rises = []
+        for e in range(block.num_experts):
+            with blocks.policy(without={block.name: [e]}):
+                rises.append(loss(model, batches) - before)
+        found.append(max(sum(rises) / len(rises), 0.0))
+    return found
+
+
+def best_combination(
+    model: Any, batches: Sequence[Tensor], candidates: Sequence[Sequence[Sequence[int]]], window: int = 2
+) -> list[list[int]]:
+    """Among sets of experts to drop (some per block, best first), those that together move the model's output least.
+
+    Windows of `window` consecutive blocks are settled one after another, the ones before as they were settled; the error is
+    that of the final logits, the least of all combinations in the window.
+    """
+    blocks = View(model)
+    if len(candidates) != len(blocks) or not all(candidates):
+        raise BadInput(f"candidates: at least one set for each of the {len(blocks)} MoE blocks")
+    clean = [_logits(model, ids_BN) for ids_BN in batches]
+    settled: dict[str, list[int]] = {}
+    for start in range(0, len(blocks), window):
+        names = [block.name for block in blocks[start : start + window]]
+        tried = []
+        for chosen in product(*candidates[start : start + window]):
+            without = settled | {name: list(dropped) for name, dropped in zip(names, chosen, strict=True)}
+            with blocks.policy(without=without):
+                moved = sum(float((_logits(model, b) - z).norm()) for b, z in zip(batches, clean, strict=True))
+            tried.append((moved, without))
+        settled = min(tried, key=lambda one: one[0])[1]
+    return [settled[block.name] for block in blocks]
+
+
+@torch.no_grad()
+def _logits(model: Any, ids_BN: Tensor) -> Tensor:
+    return model(input_ids=ids_BN, use_cache=False).logits.double()

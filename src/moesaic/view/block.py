@@ -123,6 +123,16 @@ class Block:
             routing = self._route_directly(x_BND, context)
         return routing.replace(probs_TE=torch.softmax(routing.logits_TE.float(), -1))
 
+    def route_under(self, policy: Policy, x: Tensor, **context: Any) -> Routing:
+        """`route` as if `policy` held for this block, and no other policy."""
+        (choice,) = resolve(policy, [self])
+        rows = tap.Rows([[choice] * (self._tap.index + 1)], [0])
+        token = tap.active.set({**(tap.active.get() or {}), self._tap.view_key: rows})
+        try:
+            return self.route(x, **context)
+        finally:
+            tap.active.reset(token)
+
     def _own(self, x: Tensor) -> Tensor:
         return x.clone() if self.parent.training else x  # in training some blocks add noise to their input in place
 
