@@ -51,6 +51,8 @@ class Plan:
     bytes_after: int
     peak_bytes: int
     fields: dict[str, int] = field(default_factory=dict)
+    model: Any = None
+    """Without memory, of the sizes that the checkpoint has."""
 
 
 @dataclass
@@ -82,27 +84,38 @@ def build(family: str, name: str, options: dict[str, Any]) -> tuple[registry.Ent
         raise BadInput(f"{family} {name}: {error}") from error
 
 
-def plan_step(
-    path: str | Path, family: str, name: str, options: dict[str, Any], calibration: Calibration | None = None, **how: Any
-) -> Plan:
-    """Everything that can be known before a weight is read. `how`: see `moesaic.load`. Raises BadInput with the reason."""
-    entry, method = build(family, name, options)
-    check_needs(entry, calibration)
+def open_plan(path: str | Path, **how: Any) -> Plan:
+    """A checkpoint as it is: what the first step of a recipe meets. Raises BadInput for what surgery cannot open."""
     with Reader("keep") as reader:
-        checkpoint = Checkpoint(path, reader, **how)
-    return _plan(checkpoint, entry, method, options)
+        return _opened(Checkpoint(path, reader, **how))
 
 
-def check_needs(entry: registry.Entry, calibration: Calibration | None, planned: Sequence[str] = ()) -> None:
-    """Raises BadInput where a method's statistics are missing. `planned`: tiers that will be collected first."""
-    if not entry.needs or planned:
+def _opened(checkpoint: Checkpoint) -> Plan:
+    size, facts = checkpoint.table.nbytes, checkpoint.facts
+    experts = [each.experts for each in facts]
+    return Plan("", "", {}, checkpoint.folder, facts, experts, True, "", size, size, 0, {}, checkpoint.model)
+
+
+def plan_step(before: Plan, family: str, name: str, options: dict[str, Any]) -> Plan:
+    """What a layer-wise step makes of what the plan before it leaves. Raises BadInput with the reason it cannot apply."""
+    entry, method = build(family, name, options)
+    if not before.stock:
+        raise BadInput(f"{family} {name}: {before.method} leaves what {before.reason}; do this step before it")
+    return _plan(before, entry, method, options)
+
+
+def check_needs(entry: registry.Entry, calibration: Calibration | None) -> None:
+    """Raises BadInput where a method's statistics are missing."""
+    if not entry.needs:
         return
     if calibration is None:
         raise BadInput(
             f"{entry.family} {entry.name} needs calibration ({', '.join(sorted(entry.needs))}): give a text with --data, or "
             "a folder of `moesaic calibrate` with --statistics"
         )
-    missing = sorted(entry.needs - set(calibration.header.tiers))
+    missing = sorted(entry.needs - set(calibration.header.tiers) - {"D"})
+    if "D" in entry.needs and not calibration.header.domains:
+        raise BadInput(f"{calibration.folder} keeps no domains apart, which {entry.name} reads: calibrate with --by-domain")
     if missing:
         raise BadInput(
             f"{calibration.folder} lacks {', '.join(missing)}, which {entry.family} {entry.name} reads: calibrate again "
@@ -110,24 +123,21 @@ def check_needs(entry: registry.Entry, calibration: Calibration | None, planned:
         )
 
 
-def _plan(checkpoint: Checkpoint, entry: registry.Entry, method: Method, options: dict[str, Any]) -> Plan:
-    facts = checkpoint.facts
+def _plan(before: Plan, entry: registry.Entry, method: Method, options: dict[str, Any]) -> Plan:
+    facts = [each._replace(experts=count) for each, count in zip(before.facts, before.experts, strict=True)]
     counts = method.plan(facts)
-    before = checkpoint.table.nbytes
-    uniform = len(set(counts)) == 1
-    stock, reason = method.stock, "the architecture's own class, with other sizes"
+    stock, reason = method.stock, "the architecture's own class"
     fields: dict[str, int] = {}
     if not method.stock:
-        reason = "several router rows share an expert, or experts are no plain matrices: `import moesaic` before loading"
-    elif not uniform:
-        stock, reason = False, "blocks differ in their number of experts: `import moesaic` before loading"
+        reason = "needs `import moesaic` before it loads (rows share experts, blocks differ, or experts are no plain matrices)"
     else:
-        fields = resize(checkpoint.model, experts=counts[0]).fields
+        fields = resize(before.model, experts=counts[0]).fields if counts[0] != facts[0].experts else {}
+        reason += " with other sizes" if fields else ""
     saved = sum((each.experts - count) * each.expert_bytes for each, count in zip(facts, counts, strict=True))
     bank = max(each.experts * each.expert_bytes for each in facts)
     return Plan(
-        entry.family, entry.name, options, checkpoint.folder, facts, counts, stock, reason, before, before - saved,
-        2 * bank, fields,
+        entry.family, entry.name, options, before.source, facts, counts, stock, reason, before.bytes_after,
+        before.bytes_after - saved, 2 * bank, fields, before.model,
     )  # fmt: skip
 
 
@@ -162,7 +172,7 @@ def operate(
         checkpoint = Checkpoint(path, reader, **how)
         if calibration is not None:
             _check_calibration(calibration, checkpoint)
-        plan = _plan(checkpoint, entry, method, options)
+        plan = _plan(_opened(checkpoint), entry, method, options)
         check_out(out, checkpoint.folder, plan.bytes_after)
         work = _Step(checkpoint, method, calibration, domain, progress)
         blocks = work.run(out, plan, resume, list(history))

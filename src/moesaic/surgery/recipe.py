@@ -1,0 +1,258 @@
+"""A recipe: steps of surgery one after another, each from a checkpoint to a checkpoint, planned whole before the first begins.
+
+    data: corpus/train              # calibration text of all steps that need one
+    max_bytes: 20000                # of each domain
+    steps:
+      - prune: reap
+        keep: 0.75                  # options of the method, by their names
+      - merge: hc_smoe
+        keep: 0.5
+        router: collapse
+        domain: python              # its statistics from one domain only
+      - unlearn: seuf
+        loss: npo
+        texts: {forget: secrets.txt, retain: corpus/train}
+        training: {steps: 100, lr: 1e-4}
+
+What a step leaves lies in OUT.steps until the next one has read it; a run that was broken off goes on behind the last whole
+step, and within a step behind the last whole block.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from moesaic.core import registry
+from moesaic.core.documents import data_files, read_documents, select
+from moesaic.core.errors import BadInput
+from moesaic.core.files import write_atomically
+from moesaic.surgery.card import read_history
+from moesaic.surgery.measure import measure
+from moesaic.surgery.operate import LAYERWISE, Plan, Progress, build, check_needs, open_plan, operate, plan_step
+from moesaic.surgery.shards import check_out
+from moesaic.trace.calibration import open_calibration
+
+TRAINED = ("unlearn", "distill", "edit")
+CALIBRATION = ("data", "max_bytes", "context", "statistics", "domain", "by_domain", "every")
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step; what it does not say of its calibration text, the recipe says."""
+
+    family: str
+    method: str
+    options: dict[str, Any] = field(default_factory=dict)
+    data: str | None = None
+    statistics: str | None = None
+    """A folder of `moesaic calibrate`, of the model that this step gets."""
+    domain: str | None = None
+    by_domain: bool = False
+    max_bytes: int | None = None
+    context: int | None = None
+    every: int = 1
+    texts: dict[str, str] = field(default_factory=dict)
+    training: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        return f"{self.family} {self.method}"
+
+
+Trainer = Callable[[Step, Path, Path | None], dict[str, Any]]
+"""trainer(step, source, out) runs a trained step; with out None it plans it. Returns the report of surgery/trained.py."""
+
+
+def parse(recipe: Mapping[str, Any], where: str = "recipe", root: Path | None = None) -> list[Step]:
+    """The steps of a recipe. Paths in it are relative to `root`. Raises BadInput naming step and field."""
+    if not isinstance(recipe, Mapping) or not isinstance(recipe.get("steps"), list) or not recipe["steps"]:
+        raise BadInput(f"{where}: a recipe holds a list `steps`, such as [{{prune: reap, keep: 0.5}}]")
+    shared = {key: value for key, value in recipe.items() if key != "steps"}
+    known = [each.name for each in fields(Step) if each.name in CALIBRATION]
+    for key in shared:
+        if key not in known:
+            raise BadInput(f"{where}: unknown field {key!r}; beside `steps` it may hold {', '.join(known)}")
+    return [_step(number, given, shared, where, root or Path()) for number, given in enumerate(recipe["steps"], 1)]
+
+
+def _step(number: int, given: Any, shared: dict[str, Any], where: str, root: Path) -> Step:
+    here = f"{where}, step {number}"
+    families = [*LAYERWISE, *TRAINED]
+    if not isinstance(given, Mapping):
+        raise BadInput(f"{here}: a step is a mapping such as {{prune: reap, keep: 0.5}}")
+    named = [key for key in given if key in families]
+    if len(named) != 1:
+        raise BadInput(f"{here}: names {' and '.join(named) or 'no method'}; a step names one of {', '.join(families)}")
+    family, method = named[0], str(given[named[0]])
+    own = {each.name for each in fields(Step)} - {"family", "method", "options"}
+    values = {**shared, **{key: value for key, value in given.items() if key in own}}
+    options = {key: value for key, value in given.items() if key not in own and key != family}
+    for key in ("data", "statistics"):
+        if values.get(key) is not None:
+            values[key] = str(root / values[key])
+    if "texts" in values:
+        values["texts"] = {name: str(root / path) for name, path in values["texts"].items()}
+    known = registry.get(family, method).parameters
+    for key in options:
+        if key not in known:
+            raise BadInput(f"{here}: {family} {method} has no option {key!r}; it has {', '.join(known) or 'none'}")
+    return Step(family, method, options, **values)
+
+
+def plan_recipe(model: str | Path, steps: list[Step], trainer: Trainer | None = None, **how: Any) -> list[Plan]:
+    """Every step's plan, each on what the one before leaves. Raises BadInput naming the step that cannot apply."""
+    before, plans = open_plan(model, **how), []
+    for number, step in enumerate(steps, 1):
+        try:
+            if step.family in LAYERWISE:
+                before = plan_step(before, step.family, step.method, dict(step.options))
+                _check_text(step)
+            else:
+                before = _plan_trained(before, step, trainer, Path(before.source) if number == 1 else None)
+        except BadInput as error:
+            raise BadInput(f"step {number} ({step.name}): {error}") from error
+        plans.append(before)
+    return plans
+
+
+def _plan_trained(before: Plan, step: Step, trainer: Trainer | None, source: Path | None) -> Plan:
+    if trainer is None:
+        raise BadInput("no training loop was given")
+    if not before.stock and step.family != "edit":
+        raise BadInput(f"{before.method} leaves what {before.reason}; train before it")
+    for name, path in step.texts.items():
+        try:
+            data_files(path)
+        except BadInput as error:
+            raise BadInput(f"texts, {name}: {error}") from error
+    facts: dict[str, Any] = {"stock": before.stock, "reason": before.reason}
+    if source is not None:
+        facts = trainer(step, source, None)
+    return Plan(
+        step.family, step.method, step.options, before.source, before.facts, before.experts, bool(facts["stock"]),
+        str(facts["reason"]), before.bytes_after, before.bytes_after, before.bytes_after * 3, {}, before.model,
+    )  # fmt: skip
+
+
+def _check_text(step: Step) -> None:
+    entry, _ = build(step.family, step.method, dict(step.options))
+    if step.statistics is not None:
+        found = open_calibration(step.statistics)
+        check_needs(entry, found)
+        if step.domain is not None and step.domain not in found.header.domains:
+            raise BadInput(f"{step.statistics} has no domain {step.domain!r}: {', '.join(found.header.domains) or 'none'}")
+        return
+    if not entry.needs:
+        return
+    if step.data is None:
+        check_needs(entry, None)
+        return
+    domains = {document.domain for document in read_documents(step.data)} if step.domain is not None else set()
+    if step.domain is not None and step.domain not in domains:
+        raise BadInput(f"{step.data} has no text of domain {step.domain!r}: it has {', '.join(sorted(domains))}")
+    data_files(step.data)
+
+
+def run_recipe(
+    model: str | Path,
+    out: str | Path,
+    steps: list[Step],
+    *,
+    trainer: Trainer | None = None,
+    resume: bool = False,
+    progress: Progress = lambda what, done, total: None,
+    **how: Any,
+) -> dict[str, Any]:
+    """Run the steps on `model` and write the result to `out`. `how`: see `moesaic.load`.
+
+    Returns out, steps (method, seconds, bytes_after of each), bytes_before, bytes_after, seconds, peak_bytes, stock. Raises
+    BadInput before the first step where anything of any step can be known to fail; the input is never touched.
+    """
+    began, out = time.perf_counter(), Path(out)
+    plans = plan_recipe(model, steps, trainer, **how)
+    source = plans[0].source
+    check_out(out, source, max(plan.bytes_after for plan in plans))
+    work = out.with_name(out.name + ".steps")
+    done = _resumed(work, source, steps, resume)
+    current, rows = source if not done else work / str(len(done)), list(done)
+    for number, step in enumerate(steps, 1):
+        if number <= len(done):
+            continue
+        since, target = time.perf_counter(), out if number == len(steps) else work / str(number)
+        if step.family in LAYERWISE:
+            row = _layerwise(step, current, target, work / f"statistics-{number}", resume, progress, how)
+        else:
+            assert trainer is not None
+            if target.parent != work:
+                target.parent.mkdir(parents=True, exist_ok=True)
+            report = trainer(step, current, target)
+            row = {"bytes_after": report["bytes_after"], "stock": report["stock"], "after": report.get("after", {})}
+        rows.append({"method": step.name, "options": step.options, "seconds": time.perf_counter() - since, **row})
+        if number < len(steps):
+            write_atomically(work / "done.json", json.dumps(rows))
+        if current != source:
+            shutil.rmtree(current)
+        current = target
+    shutil.rmtree(work, ignore_errors=True)
+    return {
+        "out": str(out), "model": str(model), "steps": rows, "bytes_before": plans[0].bytes_before,
+        "bytes_after": rows[-1]["bytes_after"], "seconds": time.perf_counter() - began,
+        "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, "stock": rows[-1]["stock"],
+    }  # fmt: skip
+
+
+def _resumed(work: Path, source: Path, steps: list[Step], resume: bool) -> list[dict[str, Any]]:
+    """What of the recipe is done already."""
+    note = json.dumps({"source": str(source.resolve()), "steps": [asdict(step) for step in steps]}, sort_keys=True)
+    if work.exists() and not resume:
+        raise BadInput(f"{work} is of a recipe that was broken off: pass --resume, or delete it")
+    if work.exists() and (work / "recipe.json").is_file():
+        if (work / "recipe.json").read_text() != note:
+            raise BadInput(f"{work} was begun with other steps or from another model: delete it")
+        held = work / "done.json"
+        return json.loads(held.read_text()) if held.is_file() else []
+    work.mkdir(parents=True, exist_ok=True)
+    write_atomically(work / "recipe.json", note)
+    return []
+
+
+def _layerwise(
+    step: Step, source: Path, target: Path, statistics: Path, resume: bool, progress: Progress, how: dict[str, Any]
+) -> dict[str, Any]:
+    entry, _ = build(step.family, step.method, dict(step.options))
+    calibration = None
+    if entry.needs:
+        if step.statistics is not None:
+            calibration = open_calibration(step.statistics)
+        elif statistics.is_dir() and open_calibration(statistics).header.progress.get("complete"):
+            calibration = open_calibration(statistics)
+        else:
+            calibration = _calibrated(step, entry, source, statistics, progress, how)
+    keep = step.domain if calibration is not None and step.domain in calibration.header.domains else None
+    report = operate(
+        source, target, step.family, step.method, dict(step.options), calibration=calibration, domain=keep,
+        resume=resume and target.with_name(target.name + ".partial").is_dir(), history=read_history(source),
+        progress=progress, **how,
+    )  # fmt: skip
+    if step.statistics is None and statistics.is_dir():
+        shutil.rmtree(statistics)
+    return {"bytes_after": report.bytes_after, "read_bytes": report.read_bytes, "stock": report.stock, "blocks": report.blocks}
+
+
+def _calibrated(step: Step, entry: registry.Entry, source: Path, out: Path, progress: Progress, how: dict[str, Any]) -> Any:
+    assert step.data is not None
+    found = [each for each in read_documents(step.data) if step.domain in (None, each.domain) or step.by_domain]
+    documents = list(select(found, step.max_bytes, None))
+    tiers = sorted({"R0", *entry.needs} - {"D"})
+    return measure(
+        source, documents, out, tiers, by_domain=step.by_domain or "D" in entry.needs, context=step.context,
+        every=step.every, source=step.data if step.domain is None else f"{step.data} ({step.domain})",
+        resume=out.is_dir(), progress=lambda done, total: progress("calibrating", done, total), **how,
+    )  # fmt: skip
