@@ -14,8 +14,6 @@ from moesaic.cli.loading import quiet_transformers
 from moesaic.cli.options import ChosenThreads, Context, Dtype, MaxBytes, Model, TrustRemoteCode, pairs, use_threads
 from moesaic.core.errors import BadInput
 
-TRAINS = ("router", "router+experts", "all")
-
 
 def retrofit(
     model: Model,
@@ -51,8 +49,6 @@ def retrofit(
     """
     if out is None and not plan:
         raise BadInput("OUT is missing: name the folder to write, or pass --plan")
-    if train not in TRAINS:
-        raise BadInput(f"--train {train!r}: one of {', '.join(TRAINS)}")
     if steps < 0 or batch_size < 1 or seq_len < 2 or lr <= 0:
         raise BadInput(f"--steps {steps}, --batch-size {batch_size}, --seq-len {seq_len}, --lr {lr}: too small")
     if (steps > 0) != (data is not None):
@@ -69,11 +65,12 @@ def retrofit(
 
     from moesaic.core.documents import data_files, read_documents, select
     from moesaic.surgery.live import check_folder, history, write
-    from moesaic.surgery.retrofit import plan_retrofit
+    from moesaic.surgery.retrofit import check_trains, learns, plan_retrofit
     from moesaic.surgery.retrofit import retrofit as put_in
     from moesaic.training.finetune import finetune
     from moesaic.view import load, resolve_model
 
+    check_trains("--train", train)
     if out is not None:
         check_folder(out)
     use_threads(threads)
@@ -101,7 +98,7 @@ def retrofit(
     if data is not None:
         began_training = time.perf_counter()
         losses = finetune(
-            live, tokenizer, data, _learns(live, train), steps=steps, lr=lr, batch_size=batch_size, seq_len=seq_len, seed=seed,
+            live, tokenizer, data, learns(live, train), steps=steps, lr=lr, batch_size=batch_size, seq_len=seq_len, seed=seed,
             progress=lambda step, loss: say(f"step {step}  loss {loss:.3f}") if step % 10 == 0 else None,
         )  # fmt: skip
         result["steps"].append(
@@ -123,21 +120,6 @@ def numbers(option: str, text: str) -> list[int]:
         return [int(word) for word in text.split(",")]
     except ValueError:
         raise BadInput(f"{option} {text!r}: numbers separated by commas") from None
-
-
-def _learns(model: Any, train: str) -> list[Any]:
-    from moesaic.models.hosted.install import hosted_routers
-    from moesaic.view.block import View
-
-    if train == "all":
-        return list(model.parameters())
-    routers = hosted_routers(model)
-    blocks = [block for block in View(model) if block.router in routers]
-    experts = [p for block in blocks for name, p in block.experts.named_parameters() if train != "router" or name in CHEAP]
-    return [*(p for router in routers for p in router.parameters()), *experts]
-
-
-CHEAP = ("mix_C2D", "vector_CD")
 
 
 def _scored(model: Any, tokenizer: Any, texts: list[Any], context: int | None) -> dict[str, float] | None:

@@ -24,6 +24,7 @@ def unlearn(
     domain: Annotated[str | None, typer.Option(help="Forget this domain of --forget; keep all others of --retain.")] = None,
     eval_forget: Annotated[str | None, typer.Option(help="Held-out text like --forget, scored before and after.")] = None,
     eval_retain: Annotated[str | None, typer.Option(help="Held-out text like --retain, scored before and after.")] = None,
+    train_bytes: Annotated[int | None, typer.Option(help="Train on at most so many bytes of each domain.")] = None,
     max_bytes: MaxBytes = None,
     context: Context = None,
     steps: Steps = 100,
@@ -55,9 +56,9 @@ def unlearn(
         raise BadInput(f"--loss and --loss-options are seuf's: {method} is a loss by itself; its options go into --options")
     if forget is None:
         raise BadInput("--forget is missing: name the text to forget")
-    texts = {"forget": of_domain("--forget", forget, domain, keep=True)}
+    texts = {"forget": of_domain("--forget", forget, domain, keep=True, max_bytes=train_bytes)}
     if retain is not None:
-        texts["retain"] = of_domain("--retain", retain, domain, keep=False)
+        texts["retain"] = of_domain("--retain", retain, domain, keep=False, max_bytes=train_bytes)
     held_out = {}
     if eval_forget is not None:
         held_out["forget"] = of_domain("--eval-forget", eval_forget, domain, keep=True, max_bytes=max_bytes)

@@ -26,6 +26,8 @@ class MoEPlusPlus(Router):
     `capacity_factor` gamma and `tau` bound FFN experts at gamma tau K T / (tau N_FFN + N_ZC) pairs and
     zero-computation ones at gamma K T / (tau N_FFN + N_ZC); later tokens' first choices then queue ahead of earlier tokens'
     second ones, so it is not for causal hosts unless k = 1.
+    `cheap_bias` is added to the logits of zero-computation experts before the softmax, and kept in a buffer that may be
+    moved: a retrofit starts it where they are never chosen. The next layer sees logits without it.
     """
 
     needs = frozenset({"previous"})
@@ -41,6 +43,7 @@ class MoEPlusPlus(Router):
         renormalise: bool = True,
         capacity_factor: float | None = None,
         tau: float = 0.75,
+        cheap_bias: float | None = None,
     ):
         super().__init__(experts, k)
         self.ffn, self.zeros, self.renormalise = experts - zero_computation, zeros, renormalise
@@ -48,6 +51,8 @@ class MoEPlusPlus(Router):
         self.causal = capacity_factor is None or k == 1
         self.score = LinearScore(dim, experts)
         self.residual_weight = nn.Parameter(torch.zeros(experts, experts))
+        self.cheap_bias: Tensor | None
+        self.register_buffer("cheap_bias", None if cheap_bias is None else torch.tensor(float(cheap_bias)))
 
     @property
     def cheap_E(self) -> Tensor:
@@ -65,13 +70,16 @@ class MoEPlusPlus(Router):
         if previous_TE is not None:
             with torch.autocast(x_TD.device.type, enabled=False):
                 logits_TE = logits_TE + linear(previous_TE, self.residual_weight.float())
+        sum_TE = logits_TE
+        if self.cheap_bias is not None:
+            logits_TE = logits_TE + self.cheap_bias * self.cheap_E
         probs_TE = logits_TE.softmax(-1)
         experts_TK = top_k(logits_TE, self.k)
         weights_TK = gather(probs_TE, experts_TK)
         if self.renormalise:
             is_zero_TK = experts_TK >= self.num_experts - self.zeros
             weights_TK = renormalise(weights_TK.masked_fill(is_zero_TK, 0.0))
-        routing = empty_padding(Routing(logits_TE, probs_TE, experts_TK, weights_TK, state=logits_TE), ctx)
+        routing = empty_padding(Routing(logits_TE, probs_TE, experts_TK, weights_TK, state=sum_TE), ctx)
         if ctx.training and self.capacity_factor is not None:
             tokens = x_TD.shape[0] if ctx.mask is None else int(ctx.mask.sum())
             routing = apply_capacity(routing, self.capacities_E(tokens, self.capacity_factor).ceil().long())

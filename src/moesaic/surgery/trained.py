@@ -107,7 +107,7 @@ def run_step(
         source, dtype=dtype, device=device, trust_remote_code=trust_remote_code, dense_ok=family == "distill"
     )
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if longest is not None and training.seq_len > longest:
+    if training.steps and longest is not None and training.seq_len > longest:
         raise BadInput(f"seq_len {training.seq_len}: this model takes {longest} tokens")
     facts = made.plan(model)
     step = {"family": family, "method": method, "options": dict(options or {}), "training": asdict(training)}
@@ -118,7 +118,8 @@ def run_step(
         return report
     read = {name: list(documents) for name, documents in (held_out or {}).items()}
     report["before"] = _scored(model, tokenizer, read, score)
-    routed = _routed(model, tokenizer, read, training.seq_len)
+    context = min(training.seq_len, longest or training.seq_len)
+    routed = _routed(model, tokenizer, read, context)
     given = Given(tokenizer, found, training.seq_len, training.seed, training.steps, teacher)
     report["steps"] = []
     for name, objective, share in made.stages():
@@ -141,7 +142,7 @@ def run_step(
         row |= objective.facts()
         report["steps"].append({**row, "seconds": time.perf_counter() - since})
     report["after"] = _scored(model, tokenizer, read, score)
-    report["router_overlap"] = _overlaps(routed, _routed(model, tokenizer, read, training.seq_len))
+    report["router_overlap"] = _overlaps(routed, _routed(model, tokenizer, read, context))
     report["bytes_after"] = _bytes(model)
     step |= {"source": str(source), "stages": report["steps"]}
     write(model, tokenizer, out, {"steps": [*steps_before, step]}, _card(report))

@@ -54,7 +54,7 @@ def test_until_stops_early(tmp_path, tiny_data, call):
     code, said = call(
         tmp_path / "out", "--method", "ga", "--forget", tiny_data, "--steps", 50, "--until", 0.1, *SIZES[2:], "--json"
     )
-    assert code == 0 and json.loads(said.out)["steps"][0]["steps"] == 5
+    assert code == 0 and json.loads(said.out)["steps"][0]["steps"] == 2
 
 
 def test_bad_input_stops_before_training_and_leaves_nothing(tmp_path, tiny_data, call):

@@ -17,19 +17,26 @@ from moesaic.core.context import RoutingContext
 from moesaic.core.errors import BadInput, MissingNeed
 from moesaic.models.hosted.calls import GIVES, Calls
 from moesaic.models.hosted.cheap import cheap_class
+from moesaic.models.hosted.compressed import compressed_class
 from moesaic.models.hosted.router import HostedRouter, hosted_class
 from moesaic.routing.router import Router
 from moesaic.view.block import Block, View
 
 CHEAP = {"constants": 1, "copies": 1, "zeros": 1}
-"""Options of the one bank that can be put behind trained experts, and their defaults."""
+"""Options of the bank that can be put behind trained experts, and their defaults."""
+
+COMPRESSED = "compressed_experts"
+"""The change of a bank that leaves routers alone: `bank_options` are main, vectors (1 or 3), renormalise_main (0 or 1)."""
 
 
 @dataclass
 class Spec:
-    """What is put in: enough to build it again over an untouched architecture. `layers` and `orders` go together."""
+    """What is put in: enough to build it again over an untouched architecture. `layers` and `orders` go together.
 
-    router: str
+    `router` is None where the blocks keep their own, and only their banks change.
+    """
+
+    router: str | None
     router_options: dict[str, Any] = field(default_factory=dict)
     bank: str | None = None
     bank_options: dict[str, int] = field(default_factory=dict)
@@ -103,6 +110,7 @@ def build(spec: Spec, dim: int, experts: int) -> tuple[Router, int]:
 
     Raises BadInput or MissingNeed, with the reason, for a router that these blocks cannot host.
     """
+    assert spec.router is not None, "a spec without a router has none to build"
     entry = registry.get("routing", spec.router)
     name, kind = spec.router, cast(Any, entry.build)
     bank = kind.bank if spec.bank is None else spec.bank
@@ -157,7 +165,9 @@ def install(model: Any, blocks: Sequence[Block], spec: Spec, start: Callable[[Ro
     Returns the handle of the hook that reads the decoder's calls.
     """
     calls = Calls()
-    for block, order in zip(blocks, spec.orders, strict=True):
+    if spec.router is None:
+        compress(blocks, spec)
+    for block, order in zip(blocks, spec.orders, strict=True) if spec.router is not None else ():
         old, experts = cast(nn.Module, block.router), block.num_experts
         like = next(old.parameters())
         router, rows = build(spec, block.width, experts)
@@ -182,6 +192,16 @@ def install(model: Any, blocks: Sequence[Block], spec: Spec, start: Callable[[Ro
     decoder = model.get_decoder()
     model._hosted_calls = calls
     return decoder.register_forward_pre_hook(calls.begin, with_kwargs=True)
+
+
+def compress(blocks: Sequence[Block], spec: Spec) -> None:
+    """Let the best `main` of each token's experts run, the others as vectors of ones (compressed.py)."""
+    for block in blocks:
+        bank: Any = block.experts
+        inner = block.bank.peek(0)["up"].shape[0]
+        bank.__class__ = compressed_class(cast(Any, type(bank)))
+        given = spec.bank_options
+        bank.add_compressed(block.width, inner, given["main"], given["vectors"], bool(given["renormalise_main"]))
 
 
 def _stock(own: type) -> type:
