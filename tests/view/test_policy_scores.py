@@ -114,6 +114,23 @@ def test_the_last_token_alone_is_steered(qwen, ids, implementation):
     assert (packed.weights_TK != plain.weights_TK).any(1).nonzero().flatten().tolist() == [12]
 
 
+def test_one_token_of_each_row(qwen, ids):
+    """By number from either end, and the end of a prompt but not a step of decoding."""
+    view = moesaic.view(qwen)
+
+    def changed(at, given=ids):
+        steer = Policy(fn=lambda r, b: r.replace(weights_TK=r.weights_TK * 2), at=at)
+        plain, seen = capture(view, qwen, given)[0], capture(view, qwen, given, rows=[steer] * len(given))[0]
+        return (seen.weights_TK != plain.weights_TK).any(1).nonzero().flatten().tolist()
+
+    assert changed(0) == [0, 7]
+    assert changed(-2) == [5, 12]
+    assert changed(7) == changed(-8) == []
+    assert changed("prompt") == changed("last") == changed(-1) == [6, 13]
+    assert changed("prompt", ids[:, :1]) == []
+    assert changed("last", ids[:, :1]) == [0, 1]
+
+
 def test_threshold_empties_small_slots_and_keeps_the_sum():
     weights = torch.tensor([[0.5, 0.3, 0.2], [0.9, 0.05, 0.05], [0.4, 0.4, 0.2]])
     ids = torch.tensor([[0, 1, 2], [3, 4, 5], [6, 7, 0]])
@@ -159,7 +176,7 @@ def test_gradients_reach_logits_and_probs(make, ids):
         ({"probs": [0.5] * 8}, "sum to 1"),
         ({"logits": [0.0] * 7}, r"has 8 experts, given \[7\]"),
         ({"logits": [0.0] * 8, "probs": [0.125] * 8}, "leave one out"),
-        ({"at": "first"}, "all or last"),
+        ({"at": "first"}, "all, last, prompt"),
     ],
 )
 def test_impossible_policies_are_refused_before_anything_runs(qwen, fields, message):
@@ -176,5 +193,5 @@ def test_two_policies_as_one(make, ids):
     torch.testing.assert_close(seen.weights_TK, torch.full((14, 1), 3.0))
     with pytest.raises(BadInput, match="k is set twice"):
         plus.both(Policy(k=2))
-    with pytest.raises(BadInput, match="last token only"):
+    with pytest.raises(BadInput, match="other tokens than the other"):
         Policy(k=1).both(Policy(rank=1, at="last"))

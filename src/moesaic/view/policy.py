@@ -42,7 +42,9 @@ class Policy:
             Only routers that score by softmax over their experts.
         threshold: 0 to 1: slots with a smaller share of the token's weight are emptied, the others take it over.
         fn: fn(routing, block) -> Routing or None, after all of the above.
-        at: "all" tokens, or only the "last" one of each row of the call; then give `rows`, one policy per row.
+        at: "all" tokens; or one token of each row of a call, and then `rows` has a policy per row: "last", a number (from the
+            row's first token, negative from its end), or "prompt": the last one, but not where a row has only one (a step
+            of decoding).
     """
 
     k: PerBlock = None
@@ -55,7 +57,7 @@ class Policy:
     probs: PerBlock = None
     threshold: PerBlock = None
     fn: Callable[..., Any] | None = None
-    at: Literal["all", "last"] = "all"
+    at: Literal["all", "last", "prompt"] | int = "all"
 
     def both(self, other: Policy) -> Policy:
         """This policy and another as one; functions run in order. Raises BadInput for a field that both set."""
@@ -66,7 +68,7 @@ class Policy:
                 raise BadInput(f"policy: {name} is set twice, by two things that steer this request; leave one out")
             fields[name] = its if mine is None else mine
         if self.at != other.at and self != Policy(at=self.at) and other != Policy(at=other.at):
-            raise BadInput("policy: one steers the last token only and one all of them; leave one out")
+            raise BadInput("policy: one steers other tokens than the other; leave one out")
         first, second = self.fn, other.fn
 
         def fn(routing: Any, block: Any) -> Any:
@@ -74,7 +76,7 @@ class Policy:
             again = None if second is None else second(routing if changed is None else changed, block)
             return changed if again is None else again
 
-        at: Literal["all", "last"] = "last" if "last" in (self.at, other.at) else "all"
+        at = other.at if self.at == "all" else self.at
         return Policy(**fields, fn=fn if first and second else first or second, at=at)
 
 
@@ -92,7 +94,7 @@ class Choice:
     probs_E: Tensor | None = None
     threshold: float | None = None
     fn: Callable[..., Any] | None = None
-    last: bool = False
+    at: str | int = "all"
 
     @property
     def picks(self) -> bool:
@@ -119,8 +121,8 @@ def resolve(policy: Policy | None, blocks: Sequence[Any]) -> list[Choice]:
     """One Choice per block. Raises BadInput for wrong sizes, unknown layers and impossible k."""
     if policy is None:
         return [Choice() for _ in blocks]
-    if policy.at not in ("all", "last"):
-        raise BadInput(f"policy at: {policy.at!r}: all or last")
+    if policy.at not in ("all", "last", "prompt") and (isinstance(policy.at, bool) or not isinstance(policy.at, int)):
+        raise BadInput(f"policy at: {policy.at!r}: all, last, prompt, or a token's number")
     for field in VALUES:
         value = getattr(policy, field)
         if isinstance(value, Mapping):
@@ -189,7 +191,7 @@ def _resolve_block(policy: Policy, block: Any, index: int, count: int) -> Choice
     threshold = number(policy.threshold, "threshold", float, lambda share: 0 <= share <= 1, "a share from 0 to 1")
     choice = Choice(
         k, allow_E, row(policy.bias, "bias", torch.float32), force_TK, rank, logits_E, probs_E, threshold, policy.fn,
-        policy.at == "last",
+        policy.at,
     )  # fmt: skip
     if choice.selects and block.router is None:
         raise BadInput(f"policy: {block.name} has no separate router; use fn=, which sees the finished routing")

@@ -168,11 +168,13 @@ class _Scoring(TorchFunctionMode):
         self.choice, self.num_experts, self.widths = choice, num_experts, widths
         self.products: list[int] = []
         self.softmax = False
+        self.logits: Tensor | None = None
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         if func in (torch.softmax, torch.Tensor.softmax, nn.functional.softmax):
             self.softmax = True
+            return self._probs(args[0] if args else (kwargs or {})["input"], out)
         if func is not nn.functional.linear or out.shape[-1] not in self.widths:
             return out
         self.products.append(out.shape[-1])
@@ -182,7 +184,15 @@ class _Scoring(TorchFunctionMode):
         if out.shape[-1] != self.num_experts:
             return out  # `check` refuses
         probs_E = self.choice.probs_E.to(out.device).clamp(min=torch.finfo(torch.float32).tiny)
-        return probs_E.log().to(out.dtype).expand_as(out)
+        self.logits = probs_E.log().to(out.dtype).expand_as(out)
+        return self.logits
+
+    def _probs(self, given: Tensor, out: Tensor) -> Tensor:
+        """The probabilities themselves where the softmax is of their logarithm: exact, gradients of the selected ones only."""
+        if self.logits is None or out.shape != self.logits.shape or not torch.equal(given.to(self.logits.dtype), self.logits):
+            return out
+        assert self.choice.probs_E is not None
+        return self.choice.probs_E.to(out).expand_as(out)
 
     def check(self, router: str) -> None:
         if len(self.products) != 1:

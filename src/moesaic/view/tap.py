@@ -49,12 +49,17 @@ class Captured(Exception):
         self.routing = routing
 
 
+def _one(choices: list[PolicyChoice]) -> bool:
+    """Whether a policy is about one token of each row."""
+    return bool(choices) and choices[0].at != "all"
+
+
 class Rows:
     """Policies in force: `choices[p][b]` for policy p and block b, and which policy each batch row or token follows."""
 
     def __init__(self, choices: list[list[PolicyChoice]], row_of: list[int], sequence_ids_T: Tensor | None = None) -> None:
         self.choices, self.row_of, self.sequence_ids_T = choices, row_of, sequence_ids_T
-        self.some_last = any(policy and policy[0].last for policy in choices)
+        self.some_last = any(_one(policy) for policy in choices)
 
     def policy_T(self, tokens: int, device: torch.device) -> Tensor | None:
         """Policy number of each token; None when one policy holds for all. One past the last policy is "none of them"."""
@@ -65,9 +70,22 @@ class Rows:
         if not self.some_last:
             return policy_T
         at_T = torch.arange(tokens, device=device)
-        end_B = torch.zeros(len(self.row_of), dtype=torch.long, device=device).scatter_reduce(0, row_T, at_T, "amax")
-        only_T = torch.tensor([choices[0].last for choices in self.choices], device=device)[policy_T]
-        return policy_T.masked_fill(only_T & (at_T != end_B[row_T]), len(self.choices))
+        counts_B = torch.bincount(row_T, minlength=len(self.row_of))
+        end_B = torch.zeros_like(counts_B).scatter_reduce(0, row_T, at_T, "amax", include_self=False)
+        wanted_B = torch.full_like(counts_B, -1)
+        for row, policy in enumerate(self.row_of):
+            wanted_B[row] = self._wanted(self.choices[policy], int(end_B[row]), int(counts_B[row]))
+        only_T = torch.tensor([_one(choices) for choices in self.choices], device=device)[policy_T]
+        return policy_T.masked_fill(only_T & (at_T != wanted_B[row_T]), len(self.choices))
+
+    @staticmethod
+    def _wanted(choices: list[PolicyChoice], end: int, count: int) -> int:
+        """The one token of a row that its policy is about, -1 for none; a row's tokens end at `end`."""
+        at = choices[0].at if choices else "all"
+        if isinstance(at, str):
+            return end if at == "last" or count > 1 else -1
+        place = at if at >= 0 else count + at
+        return end - count + 1 + place if 0 <= place < count else -1
 
     def _row_T(self, tokens: int, device: torch.device) -> Tensor:
         rows = len(self.row_of)
