@@ -14,31 +14,7 @@ from torch import Tensor, nn
 from moesaic.core.errors import BadInput
 from moesaic.surgery.layer import Change, Facts
 from moesaic.view.bank import ViewBank
-from moesaic.view.block import Block, View
-
-
-def facts_of(blocks: View) -> list[Facts]:
-    """Every block of a live model by its numbers."""
-    return [_facts(block, number, len(blocks)) for number, block in enumerate(blocks)]
-
-
-def _facts(block: Block, number: int, count: int) -> Facts:
-    groups, chosen = router_groups(block)
-    inner = next(iter(block.bank.peek(0).values())).shape[0]
-    return Facts(
-        number, block.name, block.layer, block.num_experts, block.top_k, groups, chosen, block.width, inner,
-        block.expert_bytes, count,
-    )  # fmt: skip
-
-
-def router_groups(block: Block) -> tuple[int, int]:
-    """Groups of experts among which the router chooses first, and how many it chooses; (1, 1) where it does not."""
-    for owner in (block.router, block.parent):
-        for name in ("num_group", "n_group", "num_expert_group"):
-            groups, chosen = getattr(owner, name, None), getattr(owner, "topk_group", None)
-            if isinstance(groups, int) and isinstance(chosen, int) and getattr(owner, "topk_method", "") != "greedy":
-                return (groups, chosen) if groups > 1 else (1, 1)
-    return 1, 1
+from moesaic.view.block import Block
 
 
 @torch.no_grad()

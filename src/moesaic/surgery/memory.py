@@ -8,7 +8,7 @@ and measures anew. Both are here, for any method. Shape legend: B batch, N token
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -17,8 +17,10 @@ import torch
 from torch import Tensor
 
 from moesaic.core.errors import BadInput
-from moesaic.surgery.apply import apply, facts_of
+from moesaic.surgery.apply import apply
 from moesaic.surgery.layer import Change, Facts, Layer, Method, count_kept
+from moesaic.surgery.reconstruct import never_chosen
+from moesaic.surgery.shapes import facts_of
 from moesaic.trace import corpus
 from moesaic.trace.calibration.backward import Backward
 from moesaic.trace.calibration.collect import Collector
@@ -155,8 +157,7 @@ def masked_losses(model: Any, batches: Sequence[Tensor]) -> list[float]:
     for block in blocks:
         rises = []
         for e in range(block.num_experts):
-            with blocks.policy(without={block.name: [e]}):
-                rises.append(loss(model, batches) - before)
+            rises.append(_without(blocks, {block.name: [e]}, lambda: loss(model, batches)) - before)
         found.append(max(sum(rises) / len(rises), 0.0))
     return found
 
@@ -179,11 +180,23 @@ def best_combination(
         tried = []
         for chosen in product(*candidates[start : start + window]):
             without = settled | {name: list(dropped) for name, dropped in zip(names, chosen, strict=True)}
-            with blocks.policy(without=without):
-                moved = sum(float((_logits(model, b) - z).norm()) for b, z in zip(batches, clean, strict=True))
-            tried.append((moved, without))
+            found = _without(blocks, without, lambda: [_logits(model, ids_BN) for ids_BN in batches])
+            tried.append((sum(float((new - z).norm()) for new, z in zip(found, clean, strict=True)), without))
         settled = min(tried, key=lambda one: one[0])[1]
     return [settled[block.name] for block in blocks]
+
+
+def _without(blocks: View, gone: Mapping[str, Sequence[int]], run: Callable[[], Any]) -> Any:
+    """What `run` gives while these experts, by block name, cannot be chosen."""
+    count = {block.name: block.num_experts for block in blocks}
+    low = {name: never_chosen(dropped, count[name]).logits for name, dropped in gone.items()}
+    without = {name: list(dropped) for name, dropped in gone.items()}
+    try:
+        with blocks.policy(without=without, logits=low):
+            return run()
+    except BadInput:  # routers whose selection is seen in their logits alone
+        with blocks.policy(without=without):
+            return run()
 
 
 @torch.no_grad()

@@ -48,6 +48,7 @@ class Merger(Method):
                 raise BadInput(f"{name} {value!r}: one of {', '.join(known)}")
         check_align(align)
         self.keep, self.router, self.weights, self.align = keep, router, weights, align
+        self.stock = router != "map"
 
     def group(self, layer: Layer, members: list[int], count: int) -> tuple[Groups, list[int]]:
         """`members` in `count` groups, and the centre of each group."""

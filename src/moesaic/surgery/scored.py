@@ -22,6 +22,7 @@ class Scored(Method):
     def __init__(self, keep: float | int = 0.5, scope: str = "uniform") -> None:
         check_scope(scope)
         self.keep, self.scope = keep, scope
+        self.stock = scope == "uniform"
 
     def score(self, layer: Layer) -> Tensor:
         """[E], higher is worth more."""

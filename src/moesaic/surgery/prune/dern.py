@@ -61,13 +61,13 @@ class Dern(Method):
         kept = best(score_E, count_kept(facts, self.keep), facts.groups)
         if len(kept) == facts.experts:
             return Change(kept, scores=score_E)
-        moved = self._hand_on(layer, kept)
+        to_X = self._hand_on(layer, kept)
         experts = {
-            place: self._recombined(layer, kept[place], [(e, mine[to == place]) for e, mine, to in moved], score_E)
+            place: self._recombined(layer, kept[place], {e: to == place for e, to in to_X.items()}, score_E)
             for place in range(len(kept))
-            if any(bool((to == place).any()) for _, _, to in moved)
+            if any(bool((to == place).any()) for to in to_X.values())
         }
-        counts_XF = {e: torch.bincount(to[to >= 0], minlength=len(kept)) for e, _, to in moved}
+        counts_XF = {e: torch.bincount(to[to >= 0], minlength=len(kept)) for e, to in to_X.items()}
         matrix_RD = None
         if self.rows and experts:
             matrix_RD = layer.rows_ED[kept].clone()
@@ -76,30 +76,31 @@ class Dern(Method):
         report = {"moved": {e: count_F.tolist() for e, count_F in counts_XF.items()}, "neurons": facts.inner}
         return Change(kept, experts, matrix_RD=matrix_RD, scores=score_E, report=report)
 
-    def _hand_on(self, layer: Layer, kept: list[int]) -> list[tuple[int, Tensor, Tensor]]:
-        """For each dropped expert its neurons [I, W] and where each goes: a place in `kept`, or -1."""
-        if self.alpha > 1:
-            return []
-        dropped = [e for e in range(layer.facts.experts) if e not in set(kept)]
-        given = [(e, neurons.rows(layer.expert(e))) for e in dropped]
-        like = layer.expert(kept[0])
-        units = [neurons.compared(mine, like, self.gate, self.normalise) for _, mine in given]
-        best_X = [(torch.full((len(unit),), -2.0), torch.full((len(unit),), -1)) for unit in units]
-        for place, e in enumerate(kept):  # one kept expert at a time: nothing is as large as the bank
-            others_SW = neurons.compared(neurons.rows(layer.expert(e)), like, self.gate, self.normalise)
-            for i, unit in enumerate(units):
-                value, _ = neurons.nearest(unit, others_SW)
-                held, to = best_X[i]
-                better = value > held
-                best_X[i] = (torch.where(better, value, held), torch.where(better, place, to))
-        found = zip(given, best_X, strict=True)
-        return [(e, mine, torch.where(value > self.alpha, to, -1)) for (e, mine), (value, to) in found]
+    def _hand_on(self, layer: Layer, kept: list[int]) -> dict[int, Tensor]:
+        """For each dropped expert, where each of its neurons goes: a place in `kept`, or -1. Two experts are compared at a
+        time, so that no float32 copy of the bank exists."""
+        dropped = [e for e in range(layer.facts.experts) if e not in set(kept)] if self.alpha <= 1 else []
+        return {e: self._places(layer, e, kept) for e in dropped}
 
-    def _recombined(self, layer: Layer, e: int, given: list[tuple[int, Tensor]], score_E: Tensor) -> ExpertWeights:
+    def _places(self, layer: Layer, e: int, kept: list[int]) -> Tensor:
+        mine_IW = self._compared(layer, e)
+        most_I, to_I = torch.full((len(mine_IW),), -2.0), torch.full((len(mine_IW),), -1)
+        for place, other in enumerate(kept):
+            value_I, _ = neurons.nearest(mine_IW, self._compared(layer, other))
+            to_I = torch.where(value_I > most_I, place, to_I)
+            most_I = torch.maximum(most_I, value_I)
+        return torch.where(most_I > self.alpha, to_I, -1)
+
+    def _compared(self, layer: Layer, e: int) -> Tensor:
+        expert = layer.expert(e)
+        return neurons.compared(neurons.rows(expert), expert, self.gate, self.normalise)
+
+    def _recombined(self, layer: Layer, e: int, given: dict[int, Tensor], score_E: Tensor) -> ExpertWeights:
         like = layer.expert(e)
         own = neurons.rows(like)
-        every = torch.cat([own, *(part for _, part in given)])
-        sources = [(e, own), *given]
+        sources = [(e, own)]
+        sources += [(source, neurons.rows(layer.expert(source))[mine]) for source, mine in given.items() if bool(mine.any())]
+        every = torch.cat([part for _, part in sources])
         weight_S = torch.cat([torch.full((len(part),), float(score_E[source])) for source, part in sources])
         if float(weight_S.sum()) <= 0:
             weight_S = torch.ones_like(weight_S)

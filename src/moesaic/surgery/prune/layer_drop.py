@@ -27,6 +27,8 @@ class LayerDrop(Method):
         drop: layers to silence: a share of the MoE layers (a float) or a number.
     """
 
+    stock = False
+
     def __init__(self, drop: float | int = 0.25) -> None:
         self.drop = drop
 

@@ -32,6 +32,8 @@ class MoeI2(Method):
         seed: of the search.
     """
 
+    stock = False
+
     def __init__(
         self,
         keep: float | int = 0.75,
