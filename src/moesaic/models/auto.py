@@ -20,12 +20,14 @@ CONFIGS = "transformers.models.auto.configuration_auto"
 MODELS = "transformers.models.auto.modeling_auto"
 LANGUAGE = "moesaic.models.language"
 HOSTED = "moesaic.models.hosted"
+RESHAPED = "moesaic.models.reshaped"
 
 
 def _register_config() -> None:
     config = importlib.import_module(f"{LANGUAGE}.config").MoesaicConfig
     retrofitted = importlib.import_module(f"{HOSTED}.classes").RetrofittedConfig
-    for known in (config, retrofitted):
+    reshaped = importlib.import_module(f"{RESHAPED}.classes").ReshapedConfig
+    for known in (config, retrofitted, reshaped):
         sys.modules[CONFIGS].AutoConfig.register(known.model_type, known, exist_ok=True)
 
 

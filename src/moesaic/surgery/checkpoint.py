@@ -16,13 +16,15 @@ import torch
 from torch import Tensor, nn
 
 from moesaic.core.errors import BadInput
+from moesaic.models.reshaped.classes import Reshaped
 from moesaic.store import Reader
 from moesaic.store.table import Table
 from moesaic.surgery.layer import Facts
-from moesaic.surgery.shapes import facts_of, resize
+from moesaic.surgery.shapes import facts_of
 from moesaic.view import View
 from moesaic.view.block import Block
 from moesaic.view.discover import expert_parameters
+from moesaic.view.resize import resize
 from moesaic.view.skeleton import load_skeleton
 from moesaic.view.skeleton.fetch import fetch
 from moesaic.view.skeleton.sources import Other, Source
@@ -31,11 +33,16 @@ from moesaic.view.skeleton.sources import Other, Source
 class Checkpoint:
     """`model` is without memory; `sources[i]` says where both matrices of block i's experts lie, `others` the rest."""
 
-    def __init__(self, path: str | Path, reader: Reader, **how: Any) -> None:
-        """`how`: see `moesaic.load`. Raises BadInput for what is no MoE checkpoint of plain or fp8 safetensors."""
+    def __init__(self, path: str | Path, reader: Reader, reshaped: bool = False, **how: Any) -> None:
+        """`reshaped`: also one whose blocks differ or share experts. `how`: see `moesaic.load`.
+
+        Raises BadInput for what is no MoE checkpoint of plain or fp8 safetensors.
+        """
         self.reader = reader
         skeleton = load_skeleton(path, reader, bare=True, **how)
         self.model: Any = skeleton.loaded.model
+        if isinstance(self.model, Reshaped) and not reshaped:
+            raise BadInput(f"{path} is a result of surgery whose blocks differ or share experts: do this step before that one")
         self.tokenizer = skeleton.loaded.tokenizer
         self.table: Table = skeleton.table
         self.folder = self.table.files[0].parent

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from moesaic.core import registry
 from moesaic.core.errors import BadInput
+from moesaic.models.reshaped.classes import reshaped_config
 from moesaic.store import Reader
 from moesaic.surgery.card import write_notes
 from moesaic.surgery.checkpoint import Checkpoint, all_tensors, put
@@ -23,10 +24,11 @@ from moesaic.surgery.edited import edited
 from moesaic.surgery.layer import Change, Facts, Layer, Method
 from moesaic.surgery.layout import tensors as stored_tensors
 from moesaic.surgery.probe import Probe, probe
-from moesaic.surgery.shapes import Resized, inner_of, resize
+from moesaic.surgery.shapes import inner_of
 from moesaic.surgery.shards import MADE, Shards, check_out, copy_files
 from moesaic.trace.calibration.store import Calibration
 from moesaic.view import View
+from moesaic.view.resize import Resized, resize
 
 LAYERWISE = ("prune", "merge", "compress")
 
@@ -202,13 +204,15 @@ class _Step:
         self.calibration, self.domain = calibration, domain
         self.bytes_after = 0
 
+    stock = True
+
     def run(self, out: Path, plan: Plan, resume: bool, history: list[dict[str, Any]]) -> list[dict[str, Any]]:
         made_of = {
             "files": [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in self.checkpoint.table.files],
             "step": [plan.family, plan.method, plan.options, self.domain],
             "calibration": self.calibrated,
         }  # fmt: skip
-        count = len(self.checkpoint.facts)
+        count, self.stock = len(self.checkpoint.facts), plan.stock
         decisions = self._decide()
         resized = resize(self.checkpoint.model, experts=plan.experts[0])
         shards = Shards(out, self.checkpoint.folder, made_of, count + 1, resume)
@@ -222,7 +226,11 @@ class _Step:
         inner = notes[0]["inner"]
         if inner != self.checkpoint.facts[0].inner:
             resized = resize(self.checkpoint.model, experts=plan.experts[0], inner=inner)
-        resized.config.save_pretrained(shards.partial)
+        config = resized.config
+        if not self.stock:
+            specs = {facts.name: note["spec"] for facts, note in zip(self.checkpoint.facts, notes, strict=True)}
+            config = reshaped_config(self.checkpoint.model.config, specs)
+        config.save_pretrained(shards.partial)
         self.bytes_after = shards.index()
         self._read_back(shards, [Probe(**note["probe"]) for note in notes])
         blocks = [note["block"] for note in notes]
@@ -269,13 +277,16 @@ class _Step:
         if shards.done(0):
             return
         of_blocks = {name for names in self.checkpoint.of_block for name in names}
-        kept = [
-            stored
-            for name, other in self.checkpoint.others.items()
-            if name not in of_blocks
-            for ranges in other.lists.values()
-            for stored in ranges
-        ]
+        kept: list[tuple[str, Any]] = []
+        for name, other in self.checkpoint.others.items():
+            if name in of_blocks:
+                continue
+            if self.stock:
+                kept += [(stored.name, stored) for ranges in other.lists.values() for stored in ranges]
+            elif other.rule is None:
+                kept.append((name, other.stored))
+            else:
+                kept += other.read(self.checkpoint.model, self.checkpoint.reader).items()
         shards.copy(0, kept, self.checkpoint.reader)
 
     def _block(self, i: int, decision: Any, resized: Resized, shards: Shards) -> Resized:
@@ -304,10 +315,13 @@ class _Step:
             "scores": None if change.scores is None else change.scores.double().tolist(),
             **change.report,
         }
-        shards.write(i + 1, self._as_stored(i, made), {"probe": seen._asdict(), "block": report, "inner": inner})
+        notes = {"probe": seen._asdict(), "block": report, "inner": inner, "spec": _spec(change)}
+        shards.write(i + 1, self._as_stored(i, made), notes, self.checkpoint.reader)
         return resized
 
     def _as_stored(self, i: int, made: dict[str, Tensor]) -> list[tuple[str, Tensor]]:
+        if not self.stock:  # the class that loads it has stacked experts and names of its own
+            return list(made.items())
         matrices = self.checkpoint.matrices[i]
         found: list[tuple[str, Tensor]] = []
         for name, source in zip(matrices, self.checkpoint.sources[i], strict=True):
@@ -321,7 +335,7 @@ class _Step:
     def _read_back(self, shards: Shards, probes: list[Probe]) -> None:
         """Open the written folder as any checkpoint and have every block say what it said in memory."""
         with Reader("drop") as reader:
-            written = Checkpoint(shards.partial, reader)
+            written = Checkpoint(shards.partial, reader, reshaped=True)
             for i, expected in enumerate(probes):
                 with written.block(i) as block:
                     names = [*written.matrices[i], *written.of_block[i]]
@@ -333,3 +347,9 @@ class _Step:
                         f"{expected}); the result is not to be trusted, and OUT was not made"
                     )
                 self.progress("reading back", i + 1, len(probes))
+
+
+def _spec(change: Change) -> dict[str, Any]:
+    """What the class that loads a model of unequal blocks must know of one."""
+    rows = None if change.row_to_expert is None else [int(e) for e in change.row_to_expert]
+    return {"experts": len(change.keep), "rows": len(change.row_ids), "map": rows}

@@ -57,25 +57,22 @@ class Shards:
     def done(self, number: int) -> bool:
         return self.path(number).is_file()
 
-    def copy(self, number: int, tensors: Sequence[Range], reader: Reader) -> None:
-        """A shard of tensors as they are stored."""
-        head = header(((t.name, t.dtype, t.shape) for t in tensors), {"format": "pt"}, LINE)
+    def copy(self, number: int, tensors: Sequence[tuple[str, Range | Tensor]], reader: Reader) -> None:
+        """A shard of tensors under these names, those on disk as they are stored."""
+        head = header(((name, each.dtype, each.shape) for name, each in tensors), {"format": "pt"}, LINE)
         with replacing(self.path(number)) as scratch, scratch.open("wb") as stream:
             stream.write(head)
-            for tensor in tensors:
-                for first in range(0, tensor.nbytes, PIECE):
-                    stream.write(reader.read(tensor.piece(first, min(PIECE, tensor.nbytes - first))).numpy().data)
+            for _, each in tensors:
+                if isinstance(each, Tensor):
+                    stream.write(each.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+                    continue
+                for first in range(0, each.nbytes, PIECE):
+                    stream.write(reader.read(each.piece(first, min(PIECE, each.nbytes - first))).numpy().data)
 
-    def write(self, number: int, tensors: Iterable[tuple[str, Tensor]], notes: dict[str, Any]) -> None:
+    def write(self, number: int, tensors: Sequence[tuple[str, Tensor]], notes: dict[str, Any], reader: Reader) -> None:
         """One shard; `notes` lie beside it, for `notes()`. Raises BadInput for what the system refuses."""
-        held = [(name, tensor.contiguous()) for name, tensor in tensors]
-        head = header(((name, tensor.dtype, tensor.shape) for name, tensor in held), {"format": "pt"}, LINE)
         write_atomically(self.path(number).with_suffix(".json"), json.dumps(notes))
-        with replacing(self.path(number)) as scratch, scratch.open("wb") as stream:
-            stream.write(head)
-            for _, tensor in held:
-                if tensor.numel():
-                    stream.write(tensor.detach().reshape(-1).view(torch.uint8).numpy().data)
+        self.copy(number, tensors, reader)
 
     def notes(self, number: int) -> dict[str, Any]:
         return json.loads(self.path(number).with_suffix(".json").read_text())

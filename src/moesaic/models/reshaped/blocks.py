@@ -1,0 +1,87 @@
+"""Give the blocks of a model their own numbers of experts and router rows, and let rows share experts.
+
+A block of F experts is taken from a model of the same architecture that has F in all its blocks, so that no module is rebuilt
+by hand. Shape legend: F experts, R router rows, T tokens, K slots.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moesaic.core.errors import BadInput
+from moesaic.view.discover import Found, find
+from moesaic.view.resize import resize
+
+
+def reshape(model: Any, blocks: dict[str, dict[str, Any]]) -> None:
+    """`blocks`: name of each MoE block -> experts, rows, map (None: row r runs expert r). Raises BadInput."""
+    found = {block.name: block for block in find(model)}
+    for name in blocks:
+        if name not in found:
+            raise BadInput(f"config.json: surgery names a block {name!r}; this architecture has {', '.join(found)}")
+    made: dict[int, dict[str, Found]] = {}
+
+    def sized(count: int) -> dict[str, Found]:
+        if count not in made:
+            made[count] = {block.name: block for block in find(resize(_plain(model), experts=count).model)}
+        return made[count]
+
+    modules = dict(model.named_modules())
+    place = next(model.parameters()).device
+    for name, spec in blocks.items():
+        experts, rows = int(spec["experts"]), int(spec["rows"])
+        own = found[name]
+        new: Any = sized(rows)[name].parent
+        if experts != rows:
+            leaf = next(leaf for leaf, child in new.named_children() if child is sized(rows)[name].experts)
+            setattr(new, leaf, sized(experts)[name].experts)
+        new = new if place.type == "meta" else new.to_empty(device=place)
+        path, _, leaf = name.rpartition(".")
+        if modules[name] is not own.parent or not path:
+            raise BadInput(f"{name}: its experts stand in no module of their own, and cannot be given another size")
+        setattr(modules[path], leaf, new)
+        if spec.get("map") is not None:
+            _share(_experts(new), [int(e) for e in spec["map"]], rows, experts)
+
+
+def _plain(model: Any) -> Any:
+    """A stand-in of the architecture's own class, to be resized: type and configuration."""
+    from transformers import AutoModelForCausalLM
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    models: Any = AutoModelForCausalLM._model_mapping
+    base: Any = CONFIG_MAPPING[model.config.base_model_type]
+    values = {k: v for k, v in model.config.to_dict().items() if k not in ("model_type", "surgery", "base_model_type")}
+    with torch.device("meta"):
+        return models[base]._from_config(base(**values))
+
+
+def _experts(parent: nn.Module) -> nn.Module:
+    return next(find(parent)).experts
+
+
+def _share(experts: nn.Module, held: list[int], rows: int, count: int) -> None:
+    """Rows run the experts of a map; a token that chose two rows of one expert has it at the sum of both weights."""
+    if len(held) != rows or not 0 <= min(held) <= max(held) < count:
+        raise BadInput(f"config.json: surgery maps {len(held)} of {rows} rows to experts up to {max(held)} of {count}")
+
+    def translate(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        names, values = list(kwargs), [*args, *kwargs.values()]
+        values[1], values[2] = once(values[1], values[2], held)
+        return tuple(values[: len(args)]), dict(zip(names, values[len(args) :], strict=True))
+
+    experts.register_forward_pre_hook(translate, with_kwargs=True, prepend=True)
+
+
+def once(ids_TK: Tensor, weights_TK: Tensor, held: list[int]) -> tuple[Tensor, Tensor]:
+    """Rows to experts by a list; a repeated expert's weights go to its first slot, the others keep the id at weight 0."""
+    known = torch.tensor(held, device=ids_TK.device)
+    inside = (ids_TK >= 0) & (ids_TK < len(known))
+    new_TK = torch.where(inside, known[ids_TK.clamp(0, len(known) - 1).long()].to(ids_TK.dtype), ids_TK)
+    same_TKK = (new_TK[:, :, None] == new_TK[:, None, :]) & inside[:, :, None]
+    first_TK = same_TKK.int().argmax(-1) == torch.arange(ids_TK.shape[1], device=ids_TK.device)
+    sums_TK = (same_TKK.to(weights_TK.dtype) * weights_TK[:, None, :]).sum(-1)
+    return new_TK, torch.where(inside, torch.where(first_TK, sums_TK, torch.zeros_like(sums_TK)), weights_TK)
