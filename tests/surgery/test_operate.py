@@ -1,7 +1,6 @@
 """Surgery out of core against the same change on the live model, and what a broken-off or impossible one leaves behind."""
 
 import json
-import shutil
 
 import pytest
 import torch
@@ -129,8 +128,8 @@ def test_blocks_of_unequal_size_and_shared_experts_load_after_import(statistics,
     said = {}
     for name, family, method, options in (
         ("global", "prune", "ean", {"keep": 0.5, "scope": "global"}),
-        ("map", "merge", "m_smoe", {"keep": 0.5}),
-        ("repeat", "merge", "m_smoe", {"keep": 0.5, "router": "repeat"}),
+        ("map", "merge", "m_smoe", {"keep": 0.5, "align": "none"}),
+        ("repeat", "merge", "m_smoe", {"keep": 0.5, "align": "none", "router": "repeat"}),
     ):
         report = operate("bundled", tmp_path / name, family, method, options, calibration=statistics)
         assert report.stock == (name == "repeat")
@@ -138,10 +137,9 @@ def test_blocks_of_unequal_size_and_shared_experts_load_after_import(statistics,
         said[name] = made(ids).logits
         counts = [block.num_experts for block in view(made)]
         assert counts == [block["experts_after"] for block in report.blocks]
-        with pytest.raises(BadInput, match="before that one|already pruned|needs"):
-            operate(tmp_path / name, tmp_path / "again", "prune", "random", {"keep": 16 if name == "repeat" else 2 / 16})
-            operate("bundled", tmp_path / "again", "prune", "reap", {"keep": 0.5})
-        shutil.rmtree(tmp_path / "again", ignore_errors=True)
+        if name != "repeat":
+            with pytest.raises(BadInput, match="before that one"):
+                operate(tmp_path / name, tmp_path / "again", "prune", "random", {"keep": 4})
     assert torch.allclose(said["map"], said["repeat"], atol=2e-4)
     assert not torch.allclose(said["map"], said["global"], atol=0.1)
 
@@ -174,9 +172,6 @@ def test_broken_off_it_goes_on_and_ends_the_same(statistics, tmp_path, monkeypat
 
 def test_a_result_that_reads_back_otherwise_is_no_result(statistics, tmp_path, monkeypatch):
     own = engine.probe
-    monkeypatch.setattr(
-        engine, "probe", lambda block, tensors: own(block, tensors)._replace(outputs="other") if tensors else None
-    )
     spoilt = []
 
     def once(block, tensors):
@@ -185,7 +180,7 @@ def test_a_result_that_reads_back_otherwise_is_no_result(statistics, tmp_path, m
         return found._replace(outputs="other") if len(spoilt) == 2 else found
 
     monkeypatch.setattr(engine, "probe", once)
-    with pytest.raises(BadInput, match="differs from the one in memory"):
+    with pytest.raises(BadInput, match=r"differs from the one in memory"):
         operate("bundled", tmp_path / "out", "prune", "reap", {"keep": 0.5}, calibration=statistics)
     assert not (tmp_path / "out").exists()
 
@@ -210,7 +205,7 @@ def test_what_cannot_apply_is_said_before_anything_is_written(options, match, st
 def test_groups_that_do_not_divide(tmp_path):
     (model_class,) = tiny.model_classes(architecture("deepseek_v3"))
     tiny.build(model_class).save_pretrained(tmp_path / "in")
-    with pytest.raises(BadInput, match="do not divide into the 2 groups.*keep 4 or 6 of 8"):
+    with pytest.raises(BadInput, match=r"do not divide into the 2 groups.*keep 4 or 6 of 8"):
         operate(tmp_path / "in", tmp_path / "out", "prune", "random", {"keep": 5})
     with pytest.raises(BadInput, match="keep at least 4"):
         operate(tmp_path / "in", tmp_path / "out", "prune", "random", {"keep": 2})
