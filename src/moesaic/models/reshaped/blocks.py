@@ -23,10 +23,11 @@ def reshape(model: Any, blocks: dict[str, dict[str, Any]]) -> None:
         if name not in found:
             raise BadInput(f"config.json: surgery names a block {name!r}; this architecture has {', '.join(found)}")
     made: dict[int, dict[str, Found]] = {}
+    plain = _plain(model)
 
     def sized(count: int) -> dict[str, Found]:
         if count not in made:
-            made[count] = {block.name: block for block in find(resize(_plain(model), experts=count).model)}
+            made[count] = {block.name: block for block in find(resize(plain, experts=count).model)}
         return made[count]
 
     modules = dict(model.named_modules())
