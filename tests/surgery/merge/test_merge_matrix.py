@@ -1,0 +1,155 @@
+"""Every merger on every kind of router and layout, with every way to treat the rows; what cannot be is named in a table."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from moesaic.core import registry
+from moesaic.core.errors import BadInput
+from moesaic.surgery.align import permuted
+from moesaic.surgery.layer import Layer
+from moesaic.surgery.memory import measure, operate
+from moesaic.view.block import View
+
+NAMES = [
+    "Mixtral", "Qwen3Moe", "DeepseekV3", "GptOss", "Olmoe", "GraniteMoe", "Phimoe", "NemotronH", "Gemma4", "Inkling", "Zaya",
+    "DeepseekV4",
+]  # fmt: skip
+METHODS = [entry.name for entry in registry.entries("merge") if "B" not in entry.needs]
+NO_COLLAPSE = {
+    "DeepseekV4": "table",  # experts looked up by token id
+    "Inkling": "no matrix with a row per expert",  # its router scores the shared experts too
+    "Zaya": "no matrix with a row per expert",  # its router is a small network
+}
+BY_LOT = ("mean", "frequency")
+
+
+def build(method: str, **options):
+    if method == "m_smoe" and options.get("router") == "collapse":
+        options["scope"] = "uniform"
+    return registry.get("merge", method).build(**options)
+
+
+def again(layers, model):
+    """The same statistics, over another copy of the model."""
+    return [Layer(l.facts, b, l._statistics, features=l._features) for l, b in zip(layers, View(model), strict=True)]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_method_and_router_on_this_architecture(make, ids, logits, name):
+    every = measure(make(name), ids, "R0,R1,A1,C")
+    for method in METHODS:
+        outputs = {}
+        for router in ("map", "collapse", "repeat"):
+            model = make(name)
+            layers = again(every, model)
+            if router == "collapse" and name in NO_COLLAPSE:
+                with pytest.raises(BadInput, match=NO_COLLAPSE[name]):
+                    operate(build(method, router=router), layers)
+                continue
+            changes = operate(build(method, router=router), layers)
+            for change, layer in zip(changes, layers, strict=True):
+                held = layer.block.num_experts
+                assert sorted(e for group in change.report["groups"] for e in group) == list(range(8))
+                assert all(c in g for c, g in zip(change.report["centres"], change.report["groups"], strict=True))
+                assert held == {"map": len(change.report["groups"]), "collapse": 4, "repeat": 8}[router]
+                if router == "collapse" and layer.facts.groups > 1:
+                    assert all(len({e // 4 for e in group}) == 1 for group in change.report["groups"])
+                found = change.expert_map(8)
+                assert all(
+                    found[a] == found[b] or router == "repeat"
+                    for group in change.report["groups"]
+                    for a in group
+                    for b in group
+                )
+            outputs[router] = logits(model, ids)
+            assert outputs[router].isfinite().all()
+        torch.testing.assert_close(outputs["map"], outputs["repeat"])  # a shared expert is its copies
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("router", ["map", "collapse", "repeat"])
+def test_keeping_all_is_bit_identical(make, ids, method, router):
+    model = make("DeepseekV3")
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    operate(build(method, keep=1.0, router=router), measure(model, ids, "R0,A1"))
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", ["Mixtral", "GptOss"])
+@pytest.mark.parametrize("router", ["map", "repeat"])
+def test_merging_equal_experts_changes_nothing(make, ids, logits, method, name, router):
+    model = make(name)
+    for block in View(model):
+        block.bank[5] = block.bank[2]
+        block.bank[7] = block.bank[2]
+    before = logits(model, ids)
+    if method in BY_LOT:  # they do not look: put the copies where the lot groups them
+        method_object = build(method, keep=6, router=router)
+        for number, block in enumerate(View(model)):
+            groups = method_object.group(Layer(measure(model, ids, "R0")[number].facts, block), list(range(8)), 6)[0]
+            for group in groups:
+                for e in group[1:]:
+                    block.bank[e] = block.bank[group[0]]
+        before = logits(model, ids)
+        operate(method_object, measure(model, ids, "R0"))
+        torch.testing.assert_close(logits(model, ids), before)
+        return
+    layers = measure(model, ids, "R0,A1")
+    options = {"similarity": "output", "scope": "uniform"} if method == "m_smoe" else {}
+    if method == "uncurl":  # what it sees are logits: equal rows are equal columns
+        for block in View(model):
+            for parameter in block.router.parameters():
+                parameter.data[5], parameter.data[7] = parameter.data[2].clone(), parameter.data[2].clone()
+        before = logits(model, ids)
+        layers = measure(model, ids, "R0,A1")
+    changes = operate(build(method, keep=6, router=router, **options), layers)
+    together = [sum(len({2, 5, 7} & set(group)) > 1 for group in change.report["groups"]) for change in changes]
+    if method == "m_smoe":  # its centres are the most used, copies or not
+        return
+    assert all(change.report["groups"].count([2, 5, 7]) == 1 for change in changes), together
+    torch.testing.assert_close(logits(model, ids), before)
+
+
+@pytest.mark.parametrize("method", [m for m in METHODS if m not in BY_LOT])
+def test_a_permutation_of_the_experts_commutes(make, logits, shuffle, method):
+    ids = [torch.randint(8, 80, (8, 17), generator=torch.Generator().manual_seed(4))]
+    first, second = make("Olmoe"), make("Olmoe")
+    orders = shuffle(second)
+    changes = [operate(build(method), measure(model, ids, "R0,A1")) for model in (first, second)]
+    for one, other, order in zip(*changes, orders, strict=True):
+        translated = sorted(sorted(order[e] for e in group) for group in other.report["groups"])
+        assert translated == sorted(one.report["groups"])
+    torch.testing.assert_close(logits(first, ids), logits(second, ids), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_permutation_of_neurons_changes_nothing_where_they_are_aligned(make, ids, logits, method):
+    first, second = make("Qwen3Moe"), make("Qwen3Moe")
+    for block in View(second):
+        for e in range(8):
+            block.bank[e] = permuted(block.bank[e], torch.randperm(16, generator=torch.Generator().manual_seed(e)))
+    torch.testing.assert_close(logits(first, ids), logits(second, ids))
+    changes = [operate(build(method, align="weight"), measure(model, ids, "R0,A1")) for model in (first, second)]
+    assert [c.report["groups"] for c in changes[0]] == [c.report["groups"] for c in changes[1]]
+    torch.testing.assert_close(logits(first, ids), logits(second, ids), rtol=1e-3, atol=1e-4)
+
+
+def test_what_cannot_be_is_said(make):
+    for options, why in (
+        ({"router": "blend"}, "router 'blend'"),
+        ({"align": "eye"}, "align 'eye'"),
+        ({"weights": "x"}, "weights"),
+    ):
+        with pytest.raises(BadInput, match=why):
+            build("hc_smoe", **options)
+    with pytest.raises(BadInput, match="use uniform"):
+        registry.get("merge", "m_smoe").build(router="collapse")
+    layer = measure(make("Mixtral"), [torch.arange(8)[None] + 8], "R0")[0]
+    with pytest.raises(BadInput, match="no all_output_sum"):
+        build("hc_smoe").change(layer, 4)
+    with pytest.raises(BadInput, match="domain 'law'"):
+        build("uncurl", domain="law").change(layer, 4)
+    assert [build("hc_smoe", router=r).stock for r in ("map", "collapse", "repeat")] == [False, True, True]
