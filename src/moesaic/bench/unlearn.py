@@ -38,7 +38,7 @@ class Options:
     """domain or facts."""
     domain: str = "python"
     rise: float = 0.5
-    steps: int = 150
+    steps: int = 100
     lr: float = 3e-3
     lr_full: float = 3e-4
     """Of ga, graddiff and npo on the whole model; rmu, which trains a few matrices, takes `lr`."""
@@ -46,8 +46,8 @@ class Options:
     seq_len: int = 128
     seeds: int = 2
     losses: tuple[str, ...] = tuple(LOSSES)
-    people: int = 40
-    plant_steps: int = 150
+    people: int = 20
+    plant_steps: int = 300
     train_bytes: int = 100_000
     valid_bytes: int = 3000
 
@@ -93,7 +93,7 @@ def _planted(
     """The model after it has learnt the facts, among texts of its own corpus."""
     progress("planting the facts")
     model, tokenizer = load(source)
-    told = facts.told(known, "facts", times=3)
+    told = facts.told(known, "facts", times=6)
     rest = select(train, options.train_bytes // 10)
     half = Training(batch_size=options.batch_size, seq_len=options.seq_len)
 
@@ -103,7 +103,7 @@ def _planted(
 
     finetune(
         model, tokenizer, {"told": told, "rest": rest}, model.parameters(), objective=objective, steps=options.plant_steps,
-        lr=1e-3, batch_size=half.batch_size, seq_len=half.seq_len,
+        lr=2e-3, batch_size=half.batch_size, seq_len=half.seq_len,
     )  # fmt: skip
     write(model, tokenizer, out)
     return out
@@ -124,7 +124,7 @@ def _cell(
         source, out, family="unlearn", method=loss if full else "seuf", options=how, train=finetune, texts=texts,
         held_out=held_out, score=partial(_score, options.seq_len),
         training=Training(
-            steps=options.steps, lr=options.lr_full if full else options.lr, batch_size=options.batch_size,
+            steps=options.steps, lr=options.lr_full if full and loss != "rmu" else options.lr, batch_size=options.batch_size,
             seq_len=options.seq_len, seed=seed, until=began + options.rise,
         ),
     )  # fmt: skip

@@ -20,7 +20,7 @@ def unlearn(
     ] = "domain",
     domain: Annotated[str, typer.Option(help="The domain to forget.")] = "python",
     rise: Annotated[float, typer.Option(help="Stop where the text to forget costs so many nats per token more.")] = 0.5,
-    steps: Annotated[int, typer.Option(help="Steps of a cell, at most.")] = 150,
+    steps: Annotated[int, typer.Option(help="Steps of a cell, at most.")] = 100,
     lr: Annotated[float, typer.Option(help="Rate of SEUF.")] = 3e-3,
     lr_full: Annotated[float, typer.Option(help="Rate of whole-model unlearning.")] = 3e-4,
     seeds: Annotated[int, typer.Option(help="Seeds of every cell.")] = 2,

@@ -13,6 +13,7 @@ COMMANDS = {
     "sweep": "train many cells over one recipe, side by side; resumable",
     "lab": "the comparison of all routers, banks and layers",
     "search-loss": "evolve balance losses by short training runs",
+    "distill": "a student learns from a teacher, and becomes a MoE on the way",
     "unlearn": "make a model forget a text by editing one expert",
     "edit": "compressed, null or zero-computation experts in a trained model, and other edits",
     "retrofit": "put another router into a trained model, and fine-tune it",

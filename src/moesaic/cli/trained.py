@@ -60,10 +60,13 @@ def run(
         domains = {name: row["bits_per_byte"] for name, row in total["domains"].items()}
         return {"bits_per_byte": total["bits_per_byte"], "bytes": total["bytes"], "domains": domains}
 
+    teacher = how.pop("teacher", None)
+    source = model if teacher is not None and model.endswith(".json") else resolve_model(model)
+    training = Training(steps=steps, lr=lr, batch_size=batch_size, seq_len=seq_len, seed=seed, until=until)
+    learn_from = None if teacher is None else resolve_model(teacher)
     report = run_step(
-        resolve_model(model), out, train=finetune, score=score, say=progress_console.print,
-        training=Training(steps=steps, lr=lr, batch_size=batch_size, seq_len=seq_len, seed=seed, until=until), **how,
-    )  # fmt: skip
+        source, out, teacher=learn_from, train=finetune, score=score, say=progress_console.print, training=training, **how
+    )
     report["model"] = model
     report["peak_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return report

@@ -35,6 +35,16 @@ class Given:
     teacher: Any = None
 
 
+@dataclass(frozen=True)
+class Stage:
+    """One part of a method's training: its share of the steps, and its rate times the run's."""
+
+    name: str
+    objective: Objective
+    share: float = 1.0
+    lr: float = 1.0
+
+
 class Objective:
     """Base of the methods that train. A subclass is built from its registered signature and knows no model until `prepare`."""
 
@@ -42,6 +52,8 @@ class Objective:
     """Names of the texts that a batch draws from."""
     needs_text: ClassVar[bool] = True
     """False where a run of no steps makes sense."""
+    readers: ClassVar[Mapping[str, Callable[..., Any]]] = {}
+    """Texts of another form than documents: name -> reader(path, tokenizer, seq_len), which the loop can draw rows from."""
 
     def plan(self, model: Any) -> dict[str, Any]:
         """What will be done, as facts; changes nothing. Raises BadInput for a model that this cannot be done to.
@@ -49,6 +61,10 @@ class Objective:
         Keys: `stock` (stock transformers loads the result), `reason`, `trains` (in words).
         """
         raise NotImplementedError
+
+    def convert(self, model: Any, given: Given) -> Any:
+        """The model to train: another one where the architecture changes."""
+        return model
 
     def prepare(self, model: Any, given: Given) -> list[nn.Parameter]:
         """Change what has to change before training, in place; the parameters that learn."""
@@ -66,9 +82,9 @@ class Objective:
         """What `prepare` and training found out, for the report."""
         return {}
 
-    def stages(self) -> list[tuple[str, Objective, float]]:
-        """(name, objective, share of the steps) of each stage; one stage by default."""
-        return [("train", self, 1.0)]
+    def stages(self) -> list[Stage]:
+        """What is done one after another; one stage by default."""
+        return [Stage("train", self)]
 
 
 class Frozen:

@@ -6,9 +6,10 @@ import its neighbours.
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from moesaic.core.documents import Document, read_documents
 from moesaic.core.errors import BadInput
 from moesaic.surgery import attribution
 from moesaic.surgery.live import check_folder, history, write
-from moesaic.surgery.objective import Given, Objective, Train, nats
+from moesaic.surgery.objective import Given, Objective, Stage, Train, nats
 from moesaic.view.load import load
 
 FAMILIES = ("unlearn", "distill", "edit")
@@ -74,7 +75,7 @@ def run_step(
     held_out: Mapping[str, Iterable[Document]] | None = None,
     score: Score | None = None,
     training: Training | None = None,
-    teacher: Any = None,
+    teacher: str | Path | None = None,
     plan: bool = False,
     dtype: str = "auto",
     device: str | None = None,
@@ -84,7 +85,8 @@ def run_step(
     """Apply one method to a checkpoint and write another.
 
     Args:
-        source: the model that changes (for distill: the student).
+        source: the model that changes. For distill the student: a checkpoint, or a .json file of config fields.
+        teacher: for distill, the checkpoint to learn from.
         out: the folder to write; not there yet, or empty. None with `plan`.
         train: the loop, as training.finetune.finetune.
         texts: what it trains on, by the names that the method asks for: a path, or documents.
@@ -100,12 +102,11 @@ def run_step(
     if out is not None:
         check_folder(out)
     steps_before = history(source)
-    found = {name: _documents(name, value) for name, value in (texts or {}).items()}
+    found = {name: _documents(name, value, made) for name, value in (texts or {}).items()}
     if training.steps or plan:
         _check_texts(f"{family} {method}", made, found, plan or not made.needs_text)
-    model, tokenizer = load(
-        source, dtype=dtype, device=device, trust_remote_code=trust_remote_code, dense_ok=family == "distill"
-    )
+    how: dict[str, Any] = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code}
+    model, tokenizer, given = _opened(source, teacher, family, how)
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if training.steps and longest is not None and training.seq_len > longest:
         raise BadInput(f"seq_len {training.seq_len}: this model takes {longest} tokens")
@@ -116,31 +117,19 @@ def run_step(
     report["bytes_before"] = _bytes(model)
     if plan or out is None:
         return report
+    for name, reader in made.readers.items():
+        if isinstance(found.get(name), str | Path):
+            found[name] = reader(found[name], tokenizer, training.seq_len)
     read = {name: list(documents) for name, documents in (held_out or {}).items()}
     report["before"] = _scored(model, tokenizer, read, score)
     context = min(training.seq_len, longest or training.seq_len)
     routed = _routed(model, tokenizer, read, context)
-    given = Given(tokenizer, found, training.seq_len, training.seed, training.steps, teacher)
+    given = replace(given, texts=found, seq_len=training.seq_len, seed=training.seed, steps=training.steps)
+    stop = _stop_text(read.get("forget") or found.get("forget"), training)
     report["steps"] = []
-    for name, objective, share in made.stages():
-        steps = round(training.steps * share)
-        torch.manual_seed(training.seed)
-        since = time.perf_counter()
-        parameters = objective.prepare(model, given)
-        row: dict[str, Any] = {"method": f"{family} {method}: {name}", "steps": 0}
-        row["parameters_trained"] = sum(p.numel() for p in parameters)
-        if steps:
-            say(f"{name}: {row['parameters_trained']:,} parameters learn for {steps} steps")
-            losses = train(
-                model, tokenizer, _batches(objective, found), parameters, objective=objective.loss, steps=steps,
-                lr=training.lr, batch_size=training.batch_size, seq_len=training.seq_len, seed=training.seed,
-                stop=_stop(model, tokenizer, read.get("forget") or found.get("forget"), training),
-                progress=lambda step, loss: say(f"step {step}  loss {loss:.3f}") if step % 10 == 0 else None,
-            )  # fmt: skip
-            row |= {"steps": len(losses), "first_loss": losses[0], "last_loss": losses[-1]}
-        model = objective.finish(model)
-        row |= objective.facts()
-        report["steps"].append({**row, "seconds": time.perf_counter() - since})
+    for stage in made.stages():
+        model, row = _stage(f"{family} {method}", stage, model, given, training, train, stop, say)
+        report["steps"].append(row)
     report["after"] = _scored(model, tokenizer, read, score)
     report["router_overlap"] = _overlaps(routed, _routed(model, tokenizer, read, context))
     report["bytes_after"] = _bytes(model)
@@ -150,7 +139,72 @@ def run_step(
     return report
 
 
-def _documents(name: str, value: Any) -> Any:
+def _stage(
+    what: str, stage: Stage, model: Any, given: Given, training: Training, train: Train, stop: Any, say: Callable[[str], None]
+) -> tuple[Any, dict[str, Any]]:
+    """Prepare, train and finish one stage; the model that comes out, and a row of the report."""
+    objective, steps, since = stage.objective, round(training.steps * stage.share), time.perf_counter()
+    torch.manual_seed(training.seed)
+    model = objective.convert(model, given)
+    parameters = objective.prepare(model, given)
+    row: dict[str, Any] = {"method": f"{what}: {stage.name}", "steps": 0}
+    row["parameters_trained"] = sum(p.numel() for p in parameters)
+    if steps:
+        say(f"{stage.name}: {row['parameters_trained']:,} parameters learn for {steps} steps")
+        losses = train(
+            model, given.tokenizer, {name: given.texts[name] for name in objective.texts}, parameters,
+            objective=objective.loss, steps=steps, lr=training.lr * stage.lr, batch_size=training.batch_size,
+            seq_len=training.seq_len, seed=training.seed, stop=stop(model, given.tokenizer),
+            progress=lambda step, loss: say(f"step {step}  loss {loss:.3f}") if step % 10 == 0 else None,
+        )  # fmt: skip
+        row |= {"steps": len(losses), "first_loss": losses[0], "last_loss": losses[-1]}
+    model = objective.finish(model)
+    return model, {**row, **objective.facts(), "seconds": time.perf_counter() - since}
+
+
+def _opened(source: str | Path, teacher: str | Path | None, family: str, how: Mapping[str, Any]) -> tuple[Any, Any, Given]:
+    """The model to change, its tokenizer, and the teacher. Raises BadInput where the two do not read alike."""
+    if family != "distill":
+        model, tokenizer = load(source, **how)
+        return model, tokenizer, Given(tokenizer)
+    if teacher is None:
+        raise BadInput("distill needs a teacher: the model to learn from")
+    taught, tokens = load(teacher, dense_ok=True, **how)
+    if Path(source).suffix == ".json" and Path(source).is_file():
+        model, tokenizer = fresh(Path(source), tokens, how.get("device")), tokens
+    else:
+        model, tokenizer = load(source, dense_ok=True, **how)
+        tokenizer = tokens if tokenizer is None else tokenizer
+    if tokens is None:
+        raise BadInput(f"{teacher} has no tokenizer, which teacher and student share")
+    if tokenizer.get_vocab() != tokens.get_vocab():
+        raise BadInput(f"{source} and {teacher} have different tokenizers: a student learns from logits of the same tokens")
+    taught.requires_grad_(False)
+    return model, tokenizer, Given(tokenizer, teacher=taught.eval())
+
+
+def fresh(file: Path, tokenizer: Any, device: str | None = None) -> Any:
+    """A model with initial weights from a file of transformers config fields, `model_type` among them."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        fields = json.loads(file.read_text())
+        kind = fields.pop("model_type")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise BadInput(f"{file}: a JSON object of config fields with model_type ({error})") from error
+    given = {"vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id, "bos_token_id": None, **fields}
+    try:
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **given))
+    except Exception as error:  # transformers' validators raise classes of their own
+        raise BadInput(f"{file}: {' '.join(str(error).split())[:300]}") from error
+    return model.to(device or "cpu").eval()
+
+
+def _documents(name: str, value: Any, made: Objective) -> Any:
+    if isinstance(value, str | Path) and name in made.readers:
+        if not Path(value).exists():
+            raise BadInput(f"{name}: no such file: {value}")
+        return value
     if isinstance(value, str | Path):
         found = list(read_documents(value))
         if not any(document.text.strip() for document in found):
@@ -160,14 +214,10 @@ def _documents(name: str, value: Any) -> Any:
 
 
 def _check_texts(what: str, made: Objective, found: Mapping[str, Any], optional: bool) -> None:
-    wanted = list(dict.fromkeys(name for _, stage, _ in made.stages() for name in stage.texts))
+    wanted = list(dict.fromkeys(name for stage in made.stages() for name in stage.objective.texts))
     missing = [name for name in wanted if name not in found or (isinstance(found[name], list) and not found[name])]
     if missing and not optional:
         raise BadInput(f"{what} trains on {' and '.join(wanted)}: there is no {missing[0]} text")
-
-
-def _batches(objective: Objective, found: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: found[name] for name in objective.texts}
 
 
 def first_nats(model: Any, tokenizer: Any, documents: Iterable[Document], seq_len: int) -> Callable[[], float]:
@@ -189,15 +239,19 @@ def first_nats(model: Any, tokenizer: Any, documents: Iterable[Document], seq_le
     return measure
 
 
-def _stop(model: Any, tokenizer: Any, text: list[Document] | None, training: Training) -> Callable[[int], bool]:
-    """Whether the text to forget has been forgotten as far as `until` asks; looked at now and then."""
+def _stop_text(text: list[Document] | None, training: Training) -> Callable[[Any, Any], Callable[[int], bool]]:
+    """Of a model: whether the text to forget has been forgotten as far as `until` asks; looked at now and then."""
     until = training.until
     if until is None:
-        return lambda done: False
+        return lambda model, tokenizer: lambda done: False
     if not text:
         raise BadInput(f"until {until}: there is no forget text to measure")
-    measure = first_nats(model, tokenizer, text, training.seq_len)
-    return lambda done: done % PROBE_EVERY == 0 and measure() >= until
+
+    def of(model: Any, tokenizer: Any) -> Callable[[int], bool]:
+        measure = first_nats(model, tokenizer, text, training.seq_len)
+        return lambda done: done % PROBE_EVERY == 0 and measure() >= until
+
+    return of
 
 
 def _scored(model: Any, tokenizer: Any, texts: Mapping[str, list[Document]], score: Score | None) -> dict[str, Any]:
