@@ -50,16 +50,15 @@ class Checkpoint:
         self.view = View(self.model)
         self.facts: list[Facts] = facts_of(self.view)
         names = {place: name for name, place in expert_parameters(self.model).items()}
-        if not all(isinstance(source, Source) for source in skeleton.sources.values()):
-            raise BadInput(f"{self.folder} is a packed folder: operate on the checkpoint that it was made of")
         self.matrices = [(names[i, 0], names[i, 1]) for i in range(len(self.view))]
         self.sources: list[tuple[Source, Source]] = []
-        for i, (name, _) in enumerate(self.matrices):
-            if name != skeleton.sources[name].name:
-                raise BadInput(
-                    f"{name} shares its weights with {skeleton.sources[name].name}: surgery changes a block without others"
-                )
-            self.sources.append(tuple(skeleton.sources[name] for name in self.matrices[i]))  # type: ignore[arg-type]
+        for first, second in self.matrices:
+            pair = skeleton.sources[first], skeleton.sources[second]
+            if not isinstance(pair[0], Source) or not isinstance(pair[1], Source):
+                raise BadInput(f"{self.folder} is a packed folder: operate on the checkpoint that it was made of")
+            if first != pair[0].name:
+                raise BadInput(f"{first} shares its weights with {pair[0].name}: surgery changes a block without others")
+            self.sources.append((pair[0], pair[1]))
         self.own = all_tensors(self.model)
         self.of_block = [self._names(block) for block in self.view]
 
