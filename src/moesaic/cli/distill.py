@@ -23,6 +23,9 @@ def distill(
     preferences: Annotated[
         str | None, typer.Option(help="llava_mod: {prompt, chosen, rejected} JSON lines, with --options preference=kto_pair.")
     ] = None,
+    answers: Annotated[
+        str | None, typer.Option(help="llava_mod: {prompt, response} JSON lines in the place of --data; responses alone count.")
+    ] = None,
     train_bytes: Annotated[int | None, typer.Option(help="Learn from at most so many bytes of each domain.")] = None,
     eval_data: Annotated[str | None, typer.Option(help="Held-out text, scored before and after.")] = None,
     max_bytes: MaxBytes = None,
@@ -54,6 +57,8 @@ def distill(
         if path is not None:
             texts[name] = of_domain(option, path, None, keep=True, max_bytes=train_bytes)
     found: dict[str, Any] = dict(texts) | ({} if preferences is None else {"preferences": preferences})
+    if answers is not None:
+        found["answers"], given["answers"] = answers, True
     held_out = {} if eval_data is None else {"text": of_domain("--eval-data", eval_data, None, keep=True, max_bytes=max_bytes)}
     use_threads(threads)
     report = run(

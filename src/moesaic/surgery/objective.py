@@ -163,10 +163,5 @@ def decoder_layers(model: Any) -> dict[int, nn.Module]:
     return dict(enumerate(max(lists, key=lambda found: len(found[1]))[1]))
 
 
-def trainable_share(model: Any, parameters: Iterable[nn.Parameter]) -> float:
-    """Parameters that learn over all of the model's."""
-    return sum(p.numel() for p in parameters) / sum(p.numel() for p in model.parameters())
-
-
 Train = Callable[..., list[float]]
 """train(model, tokenizer, texts, parameters, *, objective, steps, lr, ..., stop, progress) -> the loss of every step."""

@@ -86,11 +86,12 @@ class Retrofit:
         before, config = self.before, self.model.config
         for block, old in before.routers:
             name, hosted = _hosted_in(block)
-            score: Any = hosted.router.score
+            plain, score = hosted.router.as_top_k(), cast(Any, hosted.router.score)
+            rows_ED = score.weight if plain is None else plain[0]
             matrix = next(p for p in old.parameters() if p.numel() > 1)
-            if matrix.shape != score.weight.shape:
-                raise BadInput(f"{block.name}: {len(score.weight)} router rows for {len(matrix)} experts")
-            matrix.data = score.weight.detach().clone()
+            if matrix.shape != rows_ED.shape:
+                raise BadInput(f"{block.name}: {len(rows_ED)} router rows for {len(matrix)} experts")
+            matrix.data = rows_ED.detach().clone()
             setattr(block.parent, name, old)
         self.model.__class__, config.__class__ = before.model_class, before.config_class
         for name in ("retrofit", "base_model_type"):

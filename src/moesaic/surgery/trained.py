@@ -103,8 +103,7 @@ def run_step(
         check_folder(out)
     steps_before = history(source)
     found = {name: _documents(name, value, made) for name, value in (texts or {}).items()}
-    if training.steps or plan:
-        _check_texts(f"{family} {method}", made, found, plan or not made.needs_text)
+    _check_texts(f"{family} {method}", made, found, plan or not (training.steps or made.needs_text))
     how: dict[str, Any] = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code}
     model, tokenizer, given = _opened(source, teacher, family, how)
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)

@@ -192,6 +192,10 @@ def test_the_command_runs_all_stages_to_a_stock_moe(tmp_path, tiny_moe, tiny_den
         capsys, tiny_moe, tmp_path / "fresh", "--student", fields, "--data", tiny_data, "--steps", 3, *SIZES, "--json"
     )
     assert code == 0 and [row["steps"] for row in json.loads(said.out)["steps"]] == [2, 1], said.err
+    code, said = call(
+        capsys, tiny_moe, tmp_path / "answers", "--student", tiny_dense, "--answers", pairs_file, "--steps", 2, *SIZES, "--json"
+    )
+    assert code == 0 and json.loads(said.out)["options"]["answers"], said.err
 
 
 def test_bad_input_stops_before_training(tmp_path, tiny_moe, tiny_dense, tiny_data, capsys):

@@ -296,3 +296,13 @@ def test_the_command_runs_each(method, tmp_path, tiny_moe, tiny_data, capsys):
     with pytest.raises(SystemExit) as stop:
         main(["edit", str(tmp_path / "out"), str(tmp_path / "again"), "--method", "adamoe", "--plan"])
     assert (stop.value.code == 2) is (method in ("adamoe", "moepp"))
+
+
+def test_a_router_with_noise_in_training_hands_its_rows_back(tiny_moe):
+    from moesaic.surgery.retrofit import retrofit
+
+    model = moesaic.load(tiny_moe).model
+    want = model(IDS).logits
+    done = retrofit(model, "topk", router_options={"jitter": 0.1})
+    model = done.settle()
+    assert not hosted_routers(model) and torch.equal(model(IDS).logits, want)

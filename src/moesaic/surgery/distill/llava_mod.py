@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from moesaic.core.errors import BadInput
 from moesaic.core.registry import register
-from moesaic.surgery.distillation import PREFERENCES, mimic_loss, read_preferences, response_log_probs
+from moesaic.surgery.distillation import PREFERENCES, mimic_loss, read_answers, read_preferences, response_log_probs
 from moesaic.surgery.objective import Batch, Given, Objective, Stage
 from moesaic.surgery.upcycle.sparse import build_config, sparse
 from moesaic.view import discover
@@ -19,8 +19,16 @@ from moesaic.view.block import View
 class Mimic(Objective):
     """KD of the teacher's distribution, with the language model's own loss and a load loss where asked for."""
 
-    def __init__(self, lm: float = 0.0, aux: float = 0.0, train: str = "all", upcycle: dict[str, int] | None = None) -> None:
+    def __init__(
+        self,
+        lm: float = 0.0,
+        aux: float = 0.0,
+        train: str = "all",
+        upcycle: dict[str, int] | None = None,
+        answers: bool = False,
+    ) -> None:
         self.lm, self.aux, self.train, self.upcycle = lm, aux, train, upcycle
+        self.texts = ("answers",) if answers else ("text",)
 
     def convert(self, model: Any, given: Given) -> Any:
         return model if self.upcycle is None else sparse(model, seed=given.seed, **self.upcycle)
@@ -32,8 +40,10 @@ class Mimic(Objective):
         return [p for block in View(model) for p in block.parent.parameters()]
 
     def loss(self, model: Any, batch: Batch) -> Tensor:
-        ids_BN = batch["text/ids"] if "text/ids" in batch else batch["text"]
-        labels_BN = batch.get("text/labels", ids_BN)
+        if self.texts == ("text",):
+            ids_BN = labels_BN = batch["text"]
+        else:
+            ids_BN, labels_BN = batch["answers/ids"], batch["answers/labels"]
         with torch.no_grad():
             teacher_BNV = self.teacher(input_ids=ids_BN, use_cache=False).logits
         asked: dict[str, Any] = {"output_router_logits": True} if self.aux else {}
@@ -86,7 +96,7 @@ class LLaVAMoD(Objective):
     Shares of the steps follow the paper's samples (2.4 M, 1.4 M, 80 k).
     """
 
-    readers: ClassVar[Any] = {"preferences": read_preferences}
+    readers: ClassVar[Any] = {"preferences": read_preferences, "answers": read_answers}
 
     def __init__(
         self,
@@ -96,6 +106,7 @@ class LLaVAMoD(Objective):
         aux: float = 0.01,
         lm: float = 1.0,
         dense_share: float = 0.62,
+        answers: bool = False,
         preference: str | None = None,
         preference_share: float = 0.02,
         beta: float = 0.1,
@@ -111,7 +122,7 @@ class LLaVAMoD(Objective):
         self.upcycle = {"experts": experts, "k": k, "every": every}
         self.aux, self.lm, self.dense_share, self.beta = aux, lm, dense_share, beta
         self.preference, self.preference_share = preference, preference_share if preference else 0.0
-        self.dense = True
+        self.answers, self.dense = answers, True
 
     def plan(self, model: Any) -> dict[str, Any]:
         self.dense = not any(discover.is_experts(module) for module in model.modules())
@@ -126,8 +137,8 @@ class LLaVAMoD(Objective):
         found = []
         dense_share = self.dense_share if self.dense else 0.0
         if self.dense:
-            found.append(Stage("dense mimic", Mimic(), dense_share))
-        sparse_mimic = Mimic(self.lm, self.aux, "moe", self.upcycle if self.dense else None)
+            found.append(Stage("dense mimic", Mimic(answers=self.answers), dense_share))
+        sparse_mimic = Mimic(self.lm, self.aux, "moe", self.upcycle if self.dense else None, self.answers)
         found.append(Stage("sparse mimic", sparse_mimic, 1 - dense_share - self.preference_share))
         if self.preference:
             found.append(Stage(self.preference, Prefer(self.preference, self.beta), self.preference_share, lr=0.1))
