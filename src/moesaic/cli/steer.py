@@ -106,6 +106,74 @@ def find(
     _show(result)
 
 
+@app.command("references")
+def references(
+    model: Model,
+    data: Annotated[Path, typer.Option(help="JSON lines of {prompt, answer}, and choices where there are some.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The store to write.")] = Path("references.safetensors"),
+    max_prompts: Annotated[int, typer.Option(help="Read at most so many.")] = 1000,
+    max_tokens: Annotated[int, typer.Option(help="Leave out prompts that are longer.")] = 1024,
+    dtype: Dtype = "auto",
+    threads: ChosenThreads = 1,
+    trust_remote_code: TrustRemoteCode = False,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Build the reference store of C3PO: the prompts that the model answers rightly, with their pathways.
+
+    \b
+    moesaic steer references bundled --data questions.jsonl -o refs.safetensors
+    moesaic run bundled "..." --steer c3po:store=refs.safetensors,how=regression
+    """
+    from moesaic.cli.loading import open_model
+    from moesaic.core.files import check_writable
+    from moesaic.steering.references import collect
+    from moesaic.view import view
+
+    check_writable(out)
+    given = _questions(data, max_prompts)
+    use_threads(threads)
+    live = open_model(model, dtype, trust_remote_code=trust_remote_code)
+
+    def ids(text: str, start: bool) -> list[int]:
+        return list(live.tokenizer(text, add_special_tokens=start)["input_ids"])
+
+    rows = [
+        (ids(row["prompt"], True), ids(row["answer"], False), [ids(c, False) for c in row.get("choices", ())]) for row in given
+    ]
+    rows = [row for row in rows if 0 < len(row[0]) <= max_tokens and row[1] and all(row[2])]
+    made = collect(live.model, view(live.model), rows, model)
+    written = made.write(out)
+    result = {"store": str(written), "read": len(rows), "right": len(made), "layers": len(made.blocks)}
+    if json:
+        emit(result)
+    else:
+        console.print(f"{len(made)} of {len(rows)} answered rightly; store: {written}", highlight=False)
+
+
+def _questions(path: Path, most: int) -> list[dict[str, Any]]:
+    """Rows of {prompt, answer, choices?}. Raises BadInput naming the line that is none."""
+    import json
+
+    try:
+        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()][:most]
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadInput(f"--data {path}: {getattr(error, 'strerror', None) or 'not UTF-8 text'}") from error
+    rows = []
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise BadInput(f"{path}:{number}: not a JSON line ({error.msg})") from error
+        fits = isinstance(row, dict) and isinstance(row.get("prompt"), str) and isinstance(row.get("answer"), str)
+        if not fits or not isinstance(row.get("choices", []), list):
+            raise BadInput(f'{path}:{number}: a row is {{"prompt": text, "answer": text}}, with a list of choices or without')
+        rows.append(row)
+    if not rows:
+        raise BadInput(f"{path}: no rows in it")
+    return rows
+
+
 def prompts(path: Path, most: int) -> list[str]:
     """The lines of a text file, or the texts of JSON lines. Raises BadInput where there is none."""
     from moesaic.core.documents import read_documents

@@ -282,7 +282,7 @@ def band(effective_m: Tensor, alpha: float) -> Tensor:
 
 def calibrate(
     x_nD: Tensor, label_n: Tensor, classes: int, *, alpha: float = 0.95, splits: int = 10, rescale_epochs: int = 50,
-    seed: int = 0, **training: object,
+    rescale_lr: float = 1e-4, seed: int = 0, **training: object,
 ) -> Calibrated:  # fmt: skip
     """J random halves of the points, training and calibration; the split with the best class-balanced median of q is kept.
     Its floors are raised by how they vary: the median absolute deviation over splits times the alpha quantile of a Cauchy."""
@@ -294,7 +294,7 @@ def calibrate(
         order = torch.randperm(len(x_nD), generator=random)
         first, second = order[: len(order) // 2], order[len(order) // 2 :]
         fitted = fit(x_nD[first], label_n[first], x_nD[second], label_n[second], classes, seed=seed + split, **training)  # type: ignore[arg-type]
-        made.append(Calibrated(fitted, x_nD[second], label_n[second], alpha, rescale_epochs, seed=seed + split))
+        made.append(Calibrated(fitted, x_nD[second], label_n[second], alpha, rescale_epochs, rescale_lr, seed + split))
     best = max(made, key=lambda one: one.fitted.balance)
     floors_JC = torch.stack([one.floor_C for one in made if one.least < float("inf")] or [best.floor_C])
     deviation_C = (floors_JC - floors_JC.median(0).values).abs().median(0).values

@@ -1,0 +1,220 @@
+"""MoGU's adapter: a safe and a usable LoRA on every o_proj, and two gates per token that mix them. Training, saving, loading.
+
+D width of o_proj's input, O of its output, r rank, B rows, N tokens. Gates are a (safe) and b (usable), each a sigmoid of its
+own: they need not sum to 1.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from moesaic.core.errors import BadInput
+from moesaic.core.files import replacing
+
+KEY = "moesaic_mogu"
+HIDDEN = 512
+LEAST = 1e-3
+"""A loss that stands below the line of a ratio is clamped here: the ratio explodes near 0."""
+
+Kind = Literal["safe", "usable"]
+
+
+class Lora(nn.Module):
+    """scale * B A dropout(h), zero at first."""
+
+    def __init__(self, inputs: int, outputs: int, rank: int, alpha: float, dropout: float) -> None:
+        super().__init__()
+        self.down = nn.Parameter(torch.empty(rank, inputs).normal_(std=inputs**-0.5))
+        self.up = nn.Parameter(torch.zeros(outputs, rank))
+        self.scale, self.dropout = alpha / rank, nn.Dropout(dropout)
+
+    def forward(self, h: Tensor) -> Tensor:
+        return self.scale * (self.dropout(h) @ self.down.to(h).T @ self.up.to(h).T)
+
+
+class Mix(nn.Module):
+    """One layer: two LoRAs and the gates, D -> 512 -> D -> 1 without a bias in the first (the card lists no activations)."""
+
+    def __init__(self, inputs: int, outputs: int, rank: int, alpha: float, dropout: float) -> None:
+        super().__init__()
+        self.safe, self.usable = (Lora(inputs, outputs, rank, alpha, dropout) for _ in range(2))
+        self.gate_safe, self.gate_usable = (
+            nn.Sequential(nn.Linear(inputs, HIDDEN, bias=False), nn.Linear(HIDDEN, inputs), nn.Linear(inputs, 1))
+            for _ in range(2)
+        )
+
+    def gates(self, h: Tensor) -> tuple[Tensor, Tensor]:
+        """a and b, [..., 1], from o_proj's input."""
+        h = h.to(next(self.gate_safe.parameters()).dtype)
+        return torch.sigmoid(self.gate_safe(h)), torch.sigmoid(self.gate_usable(h))
+
+
+class MoguAdapter(nn.Module):
+    """Beside a model that stays as it is: `attached(model)` mixes inside the block only.
+
+    o_proj(h) becomes (a + b) o_proj(h) + a LoRA_safe(h) + b LoRA_usable(h), the LoRAs with their scale alpha / r = 2 inside:
+    a times the safe variant plus b times the usable one, also where a + b is not 1.
+    """
+
+    def __init__(self, model: nn.Module, rank: int = 8, alpha: float = 16, dropout: float = 0.05) -> None:
+        super().__init__()
+        found = projections(model)
+        self.names, self.options = [name for name, _ in found], {"rank": rank, "alpha": alpha, "dropout": dropout}
+        self.layers = nn.ModuleList(Mix(p.in_features, p.out_features, rank, alpha, dropout) for _, p in found)
+        self.fixed: tuple[float, float] | None = None
+        """(a, b) instead of the gates: (1, 0) is the safe variant, (0, 1) the usable one."""
+        self.seen: list[tuple[Tensor, Tensor]] = []
+        """The gates of the last pass, layer by layer, while `watching`."""
+        self.watching = False
+
+    @contextmanager
+    def attached(self, model: nn.Module) -> Iterator[MoguAdapter]:
+        found = projections(model)
+        if [name for name, _ in found] != self.names:
+            raise BadInput(f"mogu: the adapter is for {len(self.names)} projections of another model")
+        handles = [p.register_forward_hook(self._hook(layer)) for (_, p), layer in zip(found, self.layers, strict=True)]
+        try:
+            yield self
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _hook(self, layer: Any) -> Callable[..., Tensor]:
+        def mix(module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
+            h = args[0]
+            if self.fixed is None:
+                a, b = layer.gates(h)
+                if self.watching:
+                    self.seen.append((a, b))
+            else:
+                a, b = (torch.full((), value) for value in self.fixed)
+            a, b = a.to(out), b.to(out)
+            return (a + b) * out + a * layer.safe(h) + b * layer.usable(h)
+
+        return mix
+
+    def write(self, path: str | Path) -> Path:
+        header = {"names": self.names, **self.options}
+        with replacing(path) as scratch:
+            save_file({n: v.detach().contiguous() for n, v in self.state_dict().items()}, scratch, {KEY: json.dumps(header)})
+        return Path(path)
+
+    @classmethod
+    def read(cls, path: str | Path, model: nn.Module) -> MoguAdapter:
+        """Raises BadInput for a file that is none, or is for another model."""
+        try:
+            with safe_open(str(path), framework="pt") as file:
+                header = json.loads((file.metadata() or {})[KEY])
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            names = header.pop("names")
+            made = cls(model, **header)
+            if names != made.names:
+                raise BadInput(f"{path}: the adapter is for {len(names)} projections of another model")
+            made.load_state_dict(tensors)
+            return made.eval()
+        except (OSError, SafetensorError, KeyError, ValueError, TypeError, RuntimeError) as error:
+            raise BadInput(f"{path}: no MoGU adapter of this model ({error})") from error
+
+
+def projections(model: nn.Module) -> list[tuple[str, Any]]:
+    """The attention output projections, by name. Raises BadInput where the model has none called o_proj."""
+    found = [(name, m) for name, m in model.named_modules() if name.endswith("o_proj") and isinstance(m, nn.Linear)]
+    if not found:
+        raise BadInput("mogu: this model has no linear layer named o_proj")
+    return found
+
+
+Row = tuple[Sequence[int], Sequence[int], Sequence[int]]
+"""An instruction, an affirmative answer, a rejecting answer, as token ids."""
+
+
+def answer_loss(model: Any, prompt: Sequence[int], answer: Sequence[int]) -> Tensor:
+    """Mean cross-entropy of the answer's tokens."""
+    given = torch.tensor([[*prompt, *answer[:-1]]])
+    logits_AV = model(input_ids=given, use_cache=False).logits[0, len(prompt) - 1 :]
+    return nn.functional.cross_entropy(logits_AV.float(), torch.tensor(list(answer)))
+
+
+def train_lora(
+    model: Any, adapter: MoguAdapter, kind: Kind, rows: Sequence[Row], *, epochs: int = 10, lr: float = 5e-5, batch: int = 8,
+    seed: int = 0,
+) -> list[float]:  # fmt: skip
+    """Stage 1. "usable" on risky instructions lowers L_affirm / L_reject, "safe" on harmless ones L_reject / L_affirm; AdamW.
+    Returns the mean ratio of each epoch."""
+    frozen(model)
+    learn = [p for layer in adapter.layers for p in getattr(layer, kind).parameters()]
+    optimiser = torch.optim.AdamW(learn, lr=lr)
+    adapter.fixed = (1.0, 0.0) if kind == "safe" else (0.0, 1.0)
+    history = []
+    adapter.train()
+    with adapter.attached(model):
+        for at in _batches(rows, epochs, batch, seed):
+            ratios = []
+            for prompt, affirm, reject in at:
+                good, bad = (affirm, reject) if kind == "usable" else (reject, affirm)
+                ratios.append(answer_loss(model, prompt, good) / answer_loss(model, prompt, bad).clamp(min=LEAST))
+            loss = torch.stack(ratios).mean()
+            optimiser.zero_grad()
+            loss.backward()
+            optimiser.step()
+            history.append(float(loss.detach()))
+    adapter.fixed = None
+    adapter.eval()
+    return history
+
+
+def train_gates(
+    model: Any, adapter: MoguAdapter, harmless: Sequence[Row], risky: Sequence[Row], *, epochs: int = 10, lr: float = 5e-4,
+    accumulate: int = 16, weight: float = 2.0, seed: int = 0,
+) -> list[float]:  # fmt: skip
+    """Stage 2, gates only: LM loss plus `weight` times the squared distance of every a and b from 0 and 1 (harmless) or 1 and 0
+    (risky). A harmless instruction's answer is the affirmative one, a risky one's the rejecting one."""
+    frozen(model)
+    for layer in adapter.layers:
+        layer.safe.requires_grad_(False)
+        layer.usable.requires_grad_(False)
+    learn = [p for p in adapter.parameters() if p.requires_grad]
+    optimiser = torch.optim.AdamW(learn, lr=lr)
+    rows = [(row, False) for row in harmless] + [(row, True) for row in risky]
+    history = []
+    adapter.watching = True
+    with adapter.attached(model):
+        for at in _batches(rows, epochs, accumulate, seed):
+            total = 0.0
+            for (prompt, affirm, reject), is_risky in at:
+                adapter.seen.clear()
+                loss = answer_loss(model, prompt, reject if is_risky else affirm)
+                a, b = (torch.stack([gates[i].mean((0, 2)) for gates in adapter.seen]) for i in (0, 1))
+                target = float(is_risky)
+                loss = loss + weight * ((a - target).square().mean() + (b - (1 - target)).square().mean())
+                (loss / len(at)).backward()
+                total += float(loss.detach()) / len(at)
+            optimiser.step()
+            optimiser.zero_grad()
+            history.append(total)
+    adapter.watching = False
+    adapter.seen.clear()
+    for layer in adapter.layers:
+        layer.requires_grad_(True)
+    return history
+
+
+def frozen(model: nn.Module) -> None:
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+
+
+def _batches(rows: Sequence[Any], epochs: int, size: int, seed: int) -> Iterator[list[Any]]:
+    random = torch.Generator().manual_seed(seed)
+    for _ in range(epochs):
+        for at in torch.randperm(len(rows), generator=random).split(size):
+            yield [rows[i] for i in at.tolist()]
