@@ -66,7 +66,8 @@ class Merger(Method):
         return layer.statistics["selection_count"].double()
 
     def plan(self, blocks: Sequence[Facts]) -> list[int]:
-        return [self.count(facts) for facts in blocks]
+        counts = [self.count(facts) for facts in blocks]
+        return [facts.experts for facts in blocks] if self.router == "repeat" else counts
 
     def count(self, facts: Facts) -> int:
         """Experts of a block afterwards. Only a collapsed router needs as many as it chooses."""

@@ -152,4 +152,6 @@ def test_what_cannot_be_is_said(make):
         build("hc_smoe").change(layer, 4)
     with pytest.raises(BadInput, match="domain 'law'"):
         build("uncurl", domain="law").change(layer, 4)
+    facts = [layer.facts]
+    assert [build("hc_smoe", router=r).plan(facts) for r in ("map", "collapse", "repeat")] == [[4], [4], [8]]
     assert [build("hc_smoe", router=r).stock for r in ("map", "collapse", "repeat")] == [False, True, True]

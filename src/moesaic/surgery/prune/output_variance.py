@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from moesaic.core.errors import BadInput
 from moesaic.core.registry import register
-from moesaic.surgery.layer import Change, Layer
+from moesaic.surgery.layer import Change, Facts, Layer
 from moesaic.surgery.scored import Scored
 from moesaic.view.bank import ExpertWeights
 
@@ -34,6 +35,10 @@ class OutputVariance(Scored):
     def __init__(self, keep: float | int = 0.5, scope: str = "uniform", replace: bool = False) -> None:
         super().__init__(keep, scope)
         self.replace = replace
+
+    def plan(self, blocks: Sequence[Facts]) -> list[int]:
+        counts = super().plan(blocks)
+        return [facts.experts for facts in blocks] if self.replace else counts
 
     def score(self, layer: Layer) -> Tensor:
         return layer.statistics.output_variance_ED.sum(1)
