@@ -15,7 +15,7 @@ ROOT = Path(moesaic.__file__).parent
 FLOORS = {
     "core": 0, "kernels": 1, "store": 1, "schedules": 1, "routing": 2, "experts": 2, "balancing": 2, "layers": 3,
     "view": 3, "models": 4, "trace": 4, "training": 5, "surgery": 5, "steering": 5, "adapters": 5, "serving": 5, "placement": 5,
-    "distributed": 5, "evaluation": 5, "orchestration": 6, "report": 6, "bench": 6, "laboratory": 6, "cli": 7,
+    "distributed": 5, "evaluation": 5, "orchestration": 6, "report": 6, "bench": 6, "laboratory": 6, "fitting": 6, "cli": 7,
 }  # fmt: skip
 MAY_USE = {  # floors 1 and 2 of design.md's table, whose neighbours are named one by one
     "core": set(), "kernels": {"core"}, "store": {"core"}, "schedules": {"core"},

@@ -19,6 +19,7 @@ COMMANDS = {
     "retrofit": "put another router into a trained model, and fine-tune it",
     "steer": "find the experts of a behaviour, build reference stores",
     "surgery": "several steps of surgery on a checkpoint, by a recipe",
+    "fit": "which of pruning, rounding and streaming makes a model fit, measured",
     "prune": "fewer experts, chosen by what a text showed",
     "merge": "several experts become one",
     "view": "list a model's experts; --coverage checks every architecture",

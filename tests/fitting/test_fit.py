@@ -1,0 +1,53 @@
+"""`moesaic fit` on the bundled model, from a text to a folder that says what it is."""
+
+import json
+
+import pytest
+
+import moesaic
+from moesaic.core.errors import BadInput
+from moesaic.core.sizes import parse_bytes
+from moesaic.fitting.fit import NOTE, fit, halves
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "tale.txt"
+    path.write_text("Once upon a time there was a little fox who lived in the wood. He saw the moon and was glad. " * 30)
+    return path
+
+
+def test_one_document_is_cut_in_its_middle(text, tmp_path):
+    learn, test = halves(str(text), None)
+    assert learn[0].text + test[0].text == text.read_text()
+    (tmp_path / "empty.txt").write_text("  ")
+    with pytest.raises(BadInput, match="too little text"):
+        halves(str(tmp_path / "empty.txt"), None)
+
+
+def test_a_plan_is_only_predicted(text):
+    report = fit("bundled", parse_bytes("9MiB", ""), data=str(text), predict_only=True)
+    assert report["rows"] == [] and report["chosen"] is None
+    assert {"streamed", "4 bits"} <= {row["plan"] for row in report["candidates"]}
+
+
+def test_what_cannot_fit_is_said_with_numbers(tmp_path):
+    with pytest.raises(BadInput, match=r"1 MiB of memory: what is no expert takes 4\.1\d MiB"):
+        fit("bundled", 1 << 20)
+    with pytest.raises(BadInput, match="a text to measure it on"):
+        fit("bundled", 1 << 30, quality=0.1)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_the_chosen_plan_is_measured_and_written(text, tmp_path):
+    out = tmp_path / "out"
+    report = fit("bundled", 9 << 20, data=str(text), quality=0.05, most=2, new_tokens=8, out=out)
+    rows = {row["plan"]: row for row in report["rows"]}
+    assert "streamed" in rows and rows["streamed"]["exact"]
+    assert all(row["memory_bytes"] <= 9 << 20 and row["tokens_per_second"] > 0 for row in rows.values())
+    assert report["chosen"] in rows
+    note = json.loads((out / NOTE).read_text())
+    assert note["chosen"] == report["chosen"]
+    model, tokenizer = moesaic.load(out)
+    assert model.generate(**tokenizer("Once upon", return_tensors="pt"), max_new_tokens=3).shape[1] > 3
