@@ -9,7 +9,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from moesaic.bench.machine import describe, load_or_measure
 from moesaic.core.documents import Document, read_documents, select
 from moesaic.core.errors import BadInput
 from moesaic.core.files import write_atomically
@@ -24,6 +23,9 @@ from moesaic.trace.calibration import open_calibration
 
 NOTE = "fit.json"
 TIERS = ("R0", "R1")
+READ_RATE = 10e9
+"""Bytes per second, where nobody measured them: only the order in which plans are tried hangs on it."""
+
 PROMPT_CHARACTERS = 400
 
 
@@ -31,6 +33,7 @@ def fit(
     path: str | Path,
     memory: int,
     *,
+    read_rate: float = READ_RATE,
     data: str | None = None,
     quality: float | None = None,
     out: Path | None = None,
@@ -47,6 +50,7 @@ def fit(
     """Find the plan by which a model runs in `memory` bytes of weights.
 
     Args:
+        read_rate: bytes per second that memory gives, as `moesaic bench machine` measures them.
         data: the user's text: half of each domain is calibrated on, the other half scored. Without one only exact plans are
             looked at.
         quality: the share of bits per byte that may be lost, such as 0.02; None: nothing, only exact plans are chosen.
@@ -55,7 +59,7 @@ def fit(
         most: plans that are measured.
         predict_only: do not build or run anything.
 
-    Returns model, memory_bytes, machine, rows (plan, memory_bytes, tokens_per_second, bits_per_byte, exact, pareto, ...),
+    Returns model, memory_bytes, machine (bytes per second), rows (plan, memory_bytes, tokens_per_second, bits_per_byte, exact, pareto, ...),
     chosen (a plan's name, or None), out, notes. Raises BadInput where nothing fits.
     """
     if quality is not None and (data is None or not quality >= 0):
@@ -72,8 +76,7 @@ def fit(
         counts = [calibration.layer(i)["selection_count"] for i in range(len(opened.facts))]
     experts = sum(f.experts * f.expert_bytes for f in opened.facts)
     model = Model(opened.facts, opened.bytes_before - experts, counts)
-    profile = load_or_measure()
-    machine = Machine(float(profile["read_bytes_per_second"]), disk_rate(opened.source))
+    machine = Machine(read_rate, disk_rate(opened.source))
     found = candidates(model, machine, memory, lossy=bool(data))
     if not found:
         raise BadInput(
@@ -81,7 +84,7 @@ def fit(
             f"even {'2-bit ' if data else ''}experts of {show_bytes(experts)} can be streamed through the rest"
         )
     report: dict[str, Any] = {
-        "model": str(path), "memory_bytes": memory, "total_bytes": opened.bytes_before, "machine": describe(),
+        "model": str(path), "memory_bytes": memory, "total_bytes": opened.bytes_before, "machine": machine._asdict(),
         "quality": quality, "candidates": [_planned(each) for each in found], "rows": [], "chosen": None, "notes": [],
         "out": None,
     }  # fmt: skip
