@@ -46,8 +46,8 @@ class Options:
     seq_len: int = 128
     seeds: int = 2
     losses: tuple[str, ...] = tuple(LOSSES)
-    people: int = 20
-    plant_steps: int = 300
+    people: int = 40
+    plant_steps: int = 150
     train_bytes: int = 100_000
     valid_bytes: int = 3000
 
@@ -93,9 +93,8 @@ def _planted(
     """The model after it has learnt the facts, among texts of its own corpus."""
     progress("planting the facts")
     model, tokenizer = load(source)
-    told = facts.told(known, "facts", times=6)
+    told = facts.told(known, "facts", times=3)
     rest = select(train, options.train_bytes // 10)
-    half = Training(batch_size=options.batch_size, seq_len=options.seq_len)
 
     def objective(live: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         ids_BN = torch.cat([batch["told"], batch["rest"]])
@@ -103,7 +102,7 @@ def _planted(
 
     finetune(
         model, tokenizer, {"told": told, "rest": rest}, model.parameters(), objective=objective, steps=options.plant_steps,
-        lr=2e-3, batch_size=half.batch_size, seq_len=half.seq_len,
+        lr=1e-3, batch_size=options.batch_size, seq_len=options.seq_len,
     )  # fmt: skip
     write(model, tokenizer, out)
     return out

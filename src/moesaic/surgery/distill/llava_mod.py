@@ -79,10 +79,7 @@ class Prefer(Objective):
         return self.of(ratios[0], ratios[1], self.beta)
 
 
-@register(
-    "distill", "llava_mod", paper="2408.15881",
-    card="surgery-and-steering.md#llava-mod-moe-student-by-mimic-and-preference-distillation", exact=False,
-)  # fmt: skip
+@register("distill", "llava_mod", paper="2408.15881", card="surgery-and-steering.md#llava-mod", exact=False)
 class LLaVAMoD(Objective):
     """Stages: dense mimics (KD); its FFNs become `experts` copies, top-`k`, in every `every`-th layer; the MoE mimics (FFN
     and router learn, KD + `lm` * LM + `aux` * load loss); then preferences, where `preference` names a loss.

@@ -63,10 +63,7 @@ def outer_loss(
     return cross_entropy(stepped_UV, valid_label_U)
 
 
-@register(
-    "distill", "tgeo_kd", paper="2312.15112",
-    card="surgery-and-steering.md#tgeo-kd-less-or-more-from-teacher-learned-per-sample-fusion-ratio", exact=False,
-)  # fmt: skip
+@register("distill", "tgeo_kd", paper="2312.15112", card="surgery-and-steering.md#tgeo-kd", exact=False)
 class TGeoKD(Objective):
     """alpha tau^2 KL(T || S) + (1 - alpha) CE per position, alpha by a controller that is learned on a text "valid".
 

@@ -15,10 +15,7 @@ from moesaic.view.block import View
 STARTS = ("copies", "mean")
 
 
-@register(
-    "edit", "adamoe", paper="2406.13233",
-    card="surgery-and-steering.md#adamoe-retrofit-null-experts-on-a-pre-trained-router", exact=False,
-)  # fmt: skip
+@register("edit", "adamoe", paper="2406.13233", card="surgery-and-steering.md#adamoe-retrofit", exact=False)
 class AdaMoE(Retrofitting):
     """routing/adamoe.py with `nulls` new rows and `k` slots over real and null ones; the load loss averages the nulls'.
 

@@ -16,10 +16,7 @@ from moesaic.view.block import View
 TRAINS = ("vectors", "vectors+router", "all")
 
 
-@register(
-    "edit", "compressed_experts", paper="2503.00634",
-    card="surgery-and-steering.md#compressed-experts-replace-the-minor-experts-by-vectors", exact=False,
-)  # fmt: skip
+@register("edit", "compressed_experts", paper="2503.00634", card="surgery-and-steering.md#compressed-experts", exact=False)
 class CompressedExperts(Objective):
     """The `main` experts of largest weight run on x * sum_e a_e theta_e, a the other experts' weights over their sum.
 

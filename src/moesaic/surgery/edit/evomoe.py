@@ -18,10 +18,7 @@ from moesaic.view.block import View
 ROUTERS = ("zeros", "random", "keep")
 
 
-@register(
-    "edit", "evomoe", paper="2112.14397",
-    card="surgery-and-steering.md#evomoe-expert-diversify-then-gate-sparsify", exact=False,
-)  # fmt: skip
+@register("edit", "evomoe", paper="2112.14397", card="surgery-and-steering.md#evomoe", exact=False)
 class EvoMoE(Retrofitting):
     """Phase 2 and 3 on a trained MoE: copies of expert `source` with every matrix masked, then the dense-to-sparse gate.
 

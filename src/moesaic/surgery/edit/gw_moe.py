@@ -6,10 +6,7 @@ from moesaic.core.registry import register
 from moesaic.surgery.retrofitting import Retrofitting
 
 
-@register(
-    "edit", "gw_moe", paper="2406.12375",
-    card="surgery-and-steering.md#gw-moe-broadcast-uncertain-tokens-to-all-experts-while-fine-tuning", exact=False,
-)  # fmt: skip
+@register("edit", "gw_moe", paper="2406.12375", card="surgery-and-steering.md#gw-moe", exact=False)
 class GWMoE(Retrofitting):
     """Fine-tunes with routing/gw_moe.py in the routers' place, then hands the trained rows back to the model's own.
 

@@ -23,10 +23,7 @@ ENOUGH = 1 << 14
 """Tokens over which a layer's mean output is taken."""
 
 
-@register(
-    "edit", "moepp", paper="2410.07348",
-    card="surgery-and-steering.md#moe-retrofit-zero-copy-and-constant-experts", exact=False,
-)  # fmt: skip
+@register("edit", "moepp", paper="2410.07348", card="surgery-and-steering.md#moe++-retrofit", exact=False)
 class MoEPlusPlus(Retrofitting):
     """routing/moepp.py and cheap experts, started so that the model's function stays: the residual of logits is 0, the new
     rows are the real ones' mean, and a logit bias of `bias` (-20) keeps them from being chosen. Constants start at the

@@ -16,10 +16,7 @@ KINDS = {"qwen3": "qwen3_moe", "qwen2": "qwen2_moe", "llama": "mixtral", "mistra
 ROUTER_STD = 0.02
 
 
-@register(
-    "upcycle", "sparse", paper="2212.05055",
-    card="surgery-and-steering.md#upcycling-baselines-sparse-upcycling-branch-train-mix-granular-upcycling-prompt-gates",
-)  # fmt: skip
+@register("upcycle", "sparse", paper="2212.05055", card="surgery-and-steering.md#upcycling-baselines")
 @torch.no_grad()
 def sparse(model: Any, experts: int = 8, k: int = 2, every: int = 2, seed: int = 0) -> Any:
     """A stock MoE whose FFN in every `every`-th layer (the last of each group) is `experts` copies; all else is copied.
