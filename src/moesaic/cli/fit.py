@@ -52,8 +52,9 @@ def fit(
     with Progress(*columns, TimeElapsedColumn(), console=progress_console, transient=True) as bar:
         task = bar.add_task("measuring the machine", total=1)
         report = find(
-            model, parse_bytes(memory, "--memory"), read_rate=float(load_or_measure()["read_bytes_per_second"]), data=data, quality=quality, out=out, work=work, most=most,
-            max_bytes=max_bytes, context=context, new_tokens=new_tokens, threads=threads, predict_only=plan,
+            model, parse_bytes(memory, "--memory"), read_rate=float(load_or_measure()["read_bytes_per_second"]),
+            data=data, quality=quality, out=out, work=work, most=most, max_bytes=max_bytes, context=context,
+            new_tokens=new_tokens, threads=threads, predict_only=plan,
             progress=lambda what, done, total: bar.update(task, description=what, completed=done, total=total),
             trust_remote_code=trust_remote_code,
         )  # fmt: skip

@@ -59,8 +59,8 @@ def fit(
         most: plans that are measured.
         predict_only: do not build or run anything.
 
-    Returns model, memory_bytes, machine (bytes per second), rows (plan, memory_bytes, tokens_per_second, bits_per_byte, exact, pareto, ...),
-    chosen (a plan's name, or None), out, notes. Raises BadInput where nothing fits.
+    Returns model, memory_bytes, machine (bytes per second), rows (plan, memory_bytes, tokens_per_second, bits_per_byte, exact,
+    pareto, ...), chosen (a plan's name, or None), out, notes. Raises BadInput where nothing fits.
     """
     if quality is not None and (data is None or not quality >= 0):
         raise BadInput(f"quality {quality}: a share from 0 up, and a text to measure it on (--data)")
