@@ -69,6 +69,6 @@ def recall(model: Any, tokenizer: Any, persons: list[Person], seed: int = 0) -> 
                 ids = torch.tensor([[tokenizer.eos_token_id, *prompt, *answer]], device=device)
                 log_p = model(input_ids=ids, use_cache=False).logits[0, -len(answer) - 1 : -1].float().log_softmax(-1)
                 scores.append(float(log_p.gather(1, ids[0, -len(answer) :, None]).sum()))
-            right += scores[0] == max(scores)
+            right += scores[0] > max(scores[1:])
             asked += 1
     return right / asked
