@@ -8,6 +8,7 @@ import torch
 import moesaic
 from moesaic.core.errors import BadInput
 from moesaic.view import tiny
+from moesaic.view.policy import Policy
 
 
 def routings(view, model, ids, **more):
@@ -229,3 +230,16 @@ def test_every_tiny_block_has_a_router_of_its_own():
         for model_class in tiny.model_classes(architecture):
             for found in discover.find(tiny.build(model_class)):
                 assert discover._router(found.parent, found.experts, ()) is found.router, found.name
+
+
+def test_a_block_routes_under_a_policy_of_its_own(qwen):
+    blocks = moesaic.view(qwen)
+    x = torch.randn(5, blocks[1].width)
+    plain = blocks[1].route(x)
+    with blocks.policy(without=[1, 6]):
+        expected = blocks[1].route(x)
+        found = blocks[1].route_under(Policy(without=[0]), x)  # the policy in force gives way, here alone
+        again = blocks[1].route(x)
+    assert torch.equal(blocks[1].route_under(Policy(without=[1, 6]), x).experts_TK, expected.experts_TK)
+    assert not bool((found.experts_TK == 0).any()) and torch.equal(again.experts_TK, expected.experts_TK)
+    assert torch.equal(blocks[1].route_under(Policy(), x).experts_TK, plain.experts_TK)

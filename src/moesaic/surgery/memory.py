@@ -40,7 +40,7 @@ def measure(
     blocks, wanted = View(model), parse(tiers)
     numbers = list(range(len(blocks))) if only is None else list(only)
     forward, ids = [tier for tier in wanted if tier != "B"], [batch.reshape(-1, batch.shape[-1]) for batch in batches]
-    features: dict[str, Tensor] = {}
+    parts: dict[str, list[Tensor]] = {}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "features"
         with path.open("wb") as stream:
@@ -52,8 +52,8 @@ def measure(
         if "C" in forward:
             for segment in read(path).found:
                 for name, values in segment.columns.items():
-                    part = torch.from_numpy(values.copy())
-                    features[name] = torch.cat([features[name], part]) if name in features else part
+                    parts.setdefault(name, []).append(torch.from_numpy(values.copy()))
+    features = {name: torch.cat(mine) for name, mine in parts.items()}
     sums = {number: added(collector.sums[number].values()) for number in numbers}
     if "B" in wanted:
         with Backward(blocks, numbers) as backward:

@@ -13,7 +13,7 @@ from moesaic.surgery.memory import measure, operate
 from moesaic.view.block import View
 
 NAMES = [
-    "Mixtral", "Qwen3Moe", "DeepseekV3", "GptOss", "Olmoe", "GraniteMoe", "Phimoe", "NemotronH", "Gemma4", "Inkling", "Zaya",
+    "Mixtral", "DeepseekV3", "GptOss", "Olmoe", "GraniteMoe", "Phimoe", "NemotronH", "Gemma4", "Inkling", "Zaya",
     "DeepseekV4",
 ]  # fmt: skip
 METHODS = [entry.name for entry in registry.entries("merge") if "B" not in entry.needs]
