@@ -102,7 +102,7 @@ class TGeoKD(Objective):
             )
         self.teacher = given.teacher
         device = next(model.parameters()).device
-        self.mean_VC, self.common_C = self._class_means(given, device)
+        self.mean_VC = self._class_means(given, device)
         random = torch.random.get_rng_state()
         torch.manual_seed(given.seed)
         self.controller = Controller(9 * (self.top + 1)).to(device)
@@ -163,7 +163,7 @@ class TGeoKD(Objective):
         return model.get_decoder()(input_ids=ids_BN, use_cache=False).last_hidden_state[:, :-1].flatten(0, 1)
 
     @torch.no_grad()
-    def _class_means(self, given: Given, device: torch.device) -> tuple[Tensor, Tensor]:
+    def _class_means(self, given: Given, device: torch.device) -> Tensor:
         """For each label the teacher's mean short form [V, C] over training positions; unseen labels have that of all."""
         found, tokens = [], 0
         for piece in corpus.pieces(given.texts["text"], given.tokenizer, given.seq_len):
@@ -184,5 +184,4 @@ class TGeoKD(Objective):
             sum_VC.index_add_(0, label_T, t_TC)
             count_V.index_add_(0, label_T, torch.ones_like(label_T, dtype=torch.float32))
         common_C = sum_VC.sum(0) / count_V.sum().clamp(min=1)
-        mean_VC = torch.where(count_V.unsqueeze(1) > 0, sum_VC / count_V.clamp(min=1).unsqueeze(1), common_C)
-        return mean_VC, common_C
+        return torch.where(count_V.unsqueeze(1) > 0, sum_VC / count_V.clamp(min=1).unsqueeze(1), common_C)
