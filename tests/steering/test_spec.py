@@ -29,7 +29,8 @@ def test_text_json_and_objects_are_the_same():
     [
         ("mote:of=1", "no option 'of'"), ("naee_skip", "beta is missing"), ("mote:off", "no option=value"),
         ({"ks": 1}, "no field 'ks'"), ({"probs": [1.0]}, "no field 'probs'"), ({"steer": ["mote"]}, 'give {"method"'),
-        ([{"k": 1}, {"k": 2}], "k is set twice"),
+        ([{"k": 1}, {"k": 2}], "k is set twice"), ("scmoe:beta=much", "wrong kind"), ("rewiring:steps=1000000", "out of range"),
+        ({"steer": {"scmoe": {"beta": None}}}, "wrong kind"),
     ],
 )  # fmt: skip
 def test_what_is_wrong_is_named(spec, message):
@@ -45,6 +46,11 @@ def test_an_unknown_method_lists_those_that_exist():
 def test_a_server_s_files_are_known_by_name_only(tmp_path):
     with pytest.raises(BadInput, match="no file of this server; it has refusals"):
         steering({"steer": {"mote": {"map": "/etc/passwd"}}}, files={"refusals": "/x"})
+
+
+def test_a_file_option_takes_a_name(tmp_path):
+    with pytest.raises(BadInput, match="no file of this server"):
+        steering({"steer": {"mote": {"map": ["a"]}}}, files={"a": "/x"})
 
 
 def test_no_steering_is_generate(mixtral, ids):

@@ -16,6 +16,8 @@ from moesaic.view import Policy
 from moesaic.view.course import Course
 from moesaic.view.policy import resolve
 
+MOST = 100
+"""Neighbours, and steps: a request must not keep a server busy for long."""
 ALPHAS = tuple(i / 10 for i in range(11))
 
 
@@ -56,7 +58,12 @@ class C3po(Steer):
     ) -> None:
         if how not in ("regression", "ngd", "mode") or kernel not in ("gaussian", "cosine"):
             raise BadInput(f"c3po: how {how!r} is regression, ngd or mode; kernel {kernel!r} is gaussian or cosine")
-        if min(layers, neighbours, steps) < 1 or not 0 <= lr < float("inf") or not 0 < leak <= 1.001:
+        if (
+            min(layers, neighbours, steps) < 1
+            or max(neighbours, steps) > MOST
+            or not 0 <= lr < float("inf")
+            or not 0 < leak <= 1.001
+        ):
             raise BadInput(f"c3po: layers {layers}, neighbours {neighbours}, steps {steps}, lr {lr}, leak {leak}: out of range")
         if alpha is not None and not 0 <= alpha <= 1:
             raise BadInput(f"c3po: alpha {alpha}: from 0 (the neighbours') to 1 (unchanged)")

@@ -17,6 +17,9 @@ from moesaic.view.course import Course
 from moesaic.view.policy import resolve
 from moesaic.view.slots import token_major
 
+MOST_STEPS = 100
+"""A request must not keep a server in gradient steps."""
+
 
 @register(
     "steering", "rewiring", paper="2510.14853", exact=False,
@@ -46,7 +49,7 @@ class Rewiring(Steer):
         layers: Literal["decisive", "undecided", "all", "soft"] = "decisive",
         window: int = 2048,
     ) -> None:
-        if steps < 0 or every < 1 or not 0 <= lr < float("inf") or not 0 < share <= 1 or window < 2:
+        if not 0 <= steps <= MOST_STEPS or every < 1 or not 0 <= lr < float("inf") or not 0 < share <= 1 or window < 2:
             raise BadInput(f"rewiring: steps {steps}, every {every}, lr {lr}, share {share}, window {window}: out of range")
         if layers not in ("decisive", "undecided", "all", "soft"):
             raise BadInput(f"rewiring: layers {layers!r}: decisive, undecided, all or soft")

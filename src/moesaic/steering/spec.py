@@ -67,11 +67,14 @@ def build(name: str, options: Mapping[str, Any], files: Mapping[str, str] | None
     kind: Any = entry.build
     if files is not None:
         for key in kind.files & given.keys():
-            if given[key] not in files:
+            if not isinstance(given[key], str) or given[key] not in files:
                 known = ", ".join(sorted(files)) or "none"
                 raise BadInput(f"steer {name}: {key} {given[key]!r} is no file of this server; it has {known}")
             given[key] = files[given[key]]
-    return kind(**given)
+    try:
+        return kind(**given)
+    except (TypeError, AttributeError) as error:
+        raise BadInput(f"steer {name}: an option of the wrong kind ({error})") from error
 
 
 def _of_text(text: str, files: Mapping[str, str] | None) -> Steer:

@@ -64,7 +64,7 @@ class Service:
             return None
         try:
             return Steering(fields, self.engine.blocks, self.methods, self.engine.model, self.engine.tokenizer)
-        except (MoesaicError, ValueError) as error:
+        except (MoesaicError, ValueError, TypeError) as error:
             raise ApiError(400, f"routing: {str(error).removeprefix('routing: ')}", param="routing") from error
 
     def begin(
