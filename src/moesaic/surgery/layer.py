@@ -176,6 +176,8 @@ class Method:
 
     stock = True
     """Whether a model of the architecture's own class holds what this method makes, where all blocks end up of one size."""
+    needs: frozenset[str] = frozenset()
+    """Tiers that these options read beside those that the method is registered with."""
 
     def plan(self, blocks: Sequence[Facts]) -> list[int]:
         """Experts of each block afterwards, as far as is known without statistics. Raises BadInput for what cannot apply."""

@@ -49,6 +49,7 @@ class Merger(Method):
         check_align(align)
         self.keep, self.router, self.weights, self.align = keep, router, weights, align
         self.stock = router != "map"
+        self.needs = frozenset({"C"} if align == "activation" else ())
 
     def group(self, layer: Layer, members: list[int], count: int) -> tuple[Groups, list[int]]:
         """`members` in `count` groups, and the centre of each group."""

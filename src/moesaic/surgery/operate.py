@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -81,9 +81,10 @@ def build(family: str, name: str, options: dict[str, Any]) -> tuple[registry.Ent
     if unknown:
         raise BadInput(f"{family} {name} has no option {unknown[0]!r}; it has {', '.join(entry.parameters) or 'none'}")
     try:
-        return entry, entry.build(**options)
+        method: Method = entry.build(**options)
     except TypeError as error:
         raise BadInput(f"{family} {name}: {error}") from error
+    return replace(entry, needs=entry.needs | method.needs), method
 
 
 def open_plan(path: str | Path, **how: Any) -> Plan:

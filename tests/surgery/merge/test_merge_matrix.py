@@ -152,6 +152,11 @@ def test_what_cannot_be_is_said(make):
         build("hc_smoe").change(layer, 4)
     with pytest.raises(BadInput, match="domain 'law'"):
         build("uncurl", domain="law").change(layer, 4)
+    from moesaic.surgery.operate import build as planned
+
+    assert planned("merge", "m_smoe", {"align": "activation", "similarity": "output"})[0].needs == {"R0", "A1", "C"}
+    assert planned("merge", "uncurl", {"domain": "law"})[0].needs == {"R0", "D"}
+    assert planned("merge", "hc_smoe", {"feature": "routed_output"})[0].needs == {"R0", "A1", "R1"}
     facts = [layer.facts]
     assert [build("hc_smoe", router=r).plan(facts) for r in ("map", "collapse", "repeat")] == [[4], [4], [8]]
     assert [build("hc_smoe", router=r).stock for r in ("map", "collapse", "repeat")] == [False, True, True]

@@ -39,6 +39,7 @@ class HcSmoe(Merger):
             if value not in known:
                 raise BadInput(f"{name} {value!r}: one of {', '.join(known)}")
         self.linkage, self.feature = linkage, feature
+        self.needs |= {"R1"} if feature == "routed_output" else set()
 
     def features(self, layer: Layer) -> Tensor:
         return layer.statistics.mean("all_output" if self.feature == "output" else "output")

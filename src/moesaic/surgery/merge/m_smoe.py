@@ -50,6 +50,7 @@ class MSmoe(Merger):
         if scope == "global" and router == "collapse":
             raise BadInput("scope global: layers then keep unequal numbers, and a collapsed router as few as one: use uniform")
         self.similarity, self.scope = similarity, scope
+        self.needs |= {"output": {"A1"}, "routed_output": {"R1"}}.get(similarity, set())
 
     def look(self, layer: Layer) -> Tensor | None:
         return layer.statistics["selection_count"].double() if self.scope == "global" else None

@@ -37,6 +37,7 @@ class Uncurl(Merger):
     ) -> None:
         super().__init__(keep, router, weights, align)
         self.domain = domain
+        self.needs |= set() if domain is None else {"D"}
 
     def _task(self, layer: Layer) -> LayerStatistics:
         if self.domain is None:
