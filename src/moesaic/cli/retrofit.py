@@ -64,7 +64,8 @@ def retrofit(
     import torch
 
     from moesaic.core.documents import data_files, read_documents, select
-    from moesaic.surgery.live import check_folder, history, write
+    from moesaic.surgery.card import read_history
+    from moesaic.surgery.live import check_folder, write
     from moesaic.surgery.retrofit import check_trains, learns, plan_retrofit
     from moesaic.surgery.retrofit import retrofit as put_in
     from moesaic.training.finetune import finetune
@@ -108,7 +109,7 @@ def retrofit(
     settled = done.settle()
     recipe = {"family": "retrofit", "method": router, "source": model, "options": how, "training": {"steps": steps, "lr": lr}}
     result["after"] = _scored(settled, tokenizer, texts, context)
-    write(settled, tokenizer, out, {"steps": [*history(source), recipe]})
+    write(settled, tokenizer, out, {"steps": [*read_history(Path(source)), recipe]})
     result["bytes_after"] = _bytes(settled)
     result["seconds"] = time.perf_counter() - began
     result["peak_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

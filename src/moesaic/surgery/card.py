@@ -38,7 +38,8 @@ def card(name: str, source: str, steps: list[dict[str, Any]]) -> str:
     for step in steps:
         options = ", ".join(f"{key}={value}" for key, value in step["options"].items()) or "defaults"
         loads = "transformers" if step.get("stock", True) else "transformers after `import moesaic`"
-        lines.append(f"| {step['family']} {step['method']} | {options} | {show_bytes(step['bytes_after'])} | {loads} |")
+        size = show_bytes(step["bytes_after"]) if "bytes_after" in step else ""
+        lines.append(f"| {step['family']} {step['method']} | {options} | {size} | {loads} |")
     texts = [text for step in steps for text in (step.get("calibration") or {}).get("text", [])]
     if texts:
         lines += ["", f"Calibrated on {', '.join(dict.fromkeys(texts))}."]

@@ -12,10 +12,8 @@ from typing import Any
 import torch
 
 from moesaic.core.errors import BadInput
+from moesaic.surgery.card import NOTES
 from moesaic.view.load import load, quiet
-
-RECIPE = "moesaic.json"
-"""What was done to get this checkpoint, step by step."""
 
 
 def check_folder(out: Path) -> None:
@@ -36,7 +34,7 @@ def write(model: Any, tokenizer: Any, out: Path, recipe: Mapping[str, Any] | Non
         if tokenizer is not None:
             tokenizer.save_pretrained(scratch)
         if recipe is not None:
-            (scratch / RECIPE).write_text(json.dumps(recipe, indent=1, ensure_ascii=False, default=str) + "\n")
+            (scratch / NOTES).write_text(json.dumps(recipe, indent=1, ensure_ascii=False, default=str) + "\n")
         if said:
             (scratch / "README.md").write_text(said)
         _compare(model, scratch, out)
@@ -47,18 +45,6 @@ def write(model: Any, tokenizer: Any, out: Path, recipe: Mapping[str, Any] | Non
         raise BadInput(f"cannot write {out}: {error.strerror or error}") from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-
-
-def history(source: str | Path) -> list[dict[str, Any]]:
-    """The steps that a checkpoint's recipe lists; none where it has no recipe. Raises BadInput for a broken one."""
-    file = Path(source) / RECIPE
-    if not file.is_file():
-        return []
-    try:
-        steps = json.loads(file.read_text())["steps"]
-    except (ValueError, KeyError, TypeError, OSError) as error:
-        raise BadInput(f"{file}: not a recipe ({error})") from error
-    return list(steps)
 
 
 @torch.no_grad()

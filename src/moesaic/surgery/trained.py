@@ -19,7 +19,8 @@ from moesaic.core import registry
 from moesaic.core.documents import Document, read_documents
 from moesaic.core.errors import BadInput
 from moesaic.surgery import attribution
-from moesaic.surgery.live import check_folder, history, write
+from moesaic.surgery.card import read_history
+from moesaic.surgery.live import check_folder, write
 from moesaic.surgery.objective import Given, Objective, Stage, Train, nats
 from moesaic.view.load import load
 
@@ -101,7 +102,7 @@ def run_step(
     training.check()
     if out is not None:
         check_folder(out)
-    steps_before = history(source)
+    steps_before = read_history(Path(source))
     found = {name: _documents(name, value, made) for name, value in (texts or {}).items()}
     _check_texts(f"{family} {method}", made, found, plan or not (training.steps or made.needs_text))
     how: dict[str, Any] = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code}
@@ -132,7 +133,7 @@ def run_step(
     report["after"] = _scored(model, tokenizer, read, score)
     report["router_overlap"] = _overlaps(routed, _routed(model, tokenizer, read, context))
     report["bytes_after"] = _bytes(model)
-    step |= {"source": str(source), "stages": report["steps"]}
+    step |= {"source": str(source), "stages": report["steps"], "bytes_after": report["bytes_after"], "stock": facts["stock"]}
     write(model, tokenizer, out, {"steps": [*steps_before, step]}, _card(report))
     report["seconds"] = time.perf_counter() - began
     return report

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from moesaic.cli.main import main
 from moesaic.surgery import live
+from moesaic.surgery.card import read_history
 
 
 @pytest.fixture
@@ -45,7 +46,7 @@ def test_it_plans_and_writes_a_stock_checkpoint_with_recipe_and_card(tmp_path, t
     before = AutoModelForCausalLM.from_pretrained(tiny_moe)
     changed = {n for n, p in again.named_parameters() if not torch.equal(p, before.state_dict()[n])}
     assert 0 < len(changed) <= 3
-    recipe = live.history(out)
+    recipe = read_history(out)
     assert [step["method"] for step in recipe] == ["seuf"] and recipe[0]["training"]["steps"] == 2
     assert "unlearn" in (out / "README.md").read_text() and (out / "tokenizer.json").exists()
 

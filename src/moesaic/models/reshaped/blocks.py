@@ -44,6 +44,9 @@ def reshape(model: Any, blocks: dict[str, dict[str, Any]]) -> None:
         if modules[name] is not own.parent or not path:
             raise BadInput(f"{name}: its experts stand in no module of their own, and cannot be given another size")
         setattr(modules[path], leaf, new)
+        for module in new.modules():
+            if hasattr(module, "config"):
+                module.config = model.config  # it names the implementation of experts that is asked for
         if spec.get("map") is not None:
             _share(_experts(new), [int(e) for e in spec["map"]], rows, experts)
 
