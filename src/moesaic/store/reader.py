@@ -62,10 +62,16 @@ class _Job:
     state: str = "waiting"
     busy: bool = False
     """A thread has it in hand, and may write to its targets though nobody wants it any more."""
+    read: int = 0
+    """Bytes of the targets it let go."""
 
     @property
     def nbytes(self) -> int:
-        return sum(target.nbytes for target in self.targets)
+        return self.read + sum(target.nbytes for target in self.targets)
+
+    def let_go(self) -> None:
+        """Of the targets' memory: jobs and tickets know each other, so the collector would come for it much later."""
+        self.read, self.targets = self.nbytes, []
 
 
 class Ticket:
@@ -293,8 +299,10 @@ class Reader:
                     job.ticket._left -= 1
                 else:
                     job.state = "dropped"
+                job.let_go()
                 if job.ticket.done:
                     self._change.notify_all()
+            del job  # this thread waits, perhaps for long
 
     def _read(self, job: _Job, buffer: np.ndarray | None) -> None:
         fd, size = self._open(job.source.path), job.nbytes
