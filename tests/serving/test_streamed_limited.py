@@ -21,7 +21,7 @@ SLACK = 300 << 20
 BARE = """
 import torch, transformers
 from transformers import Qwen3MoeForCausalLM
-from moesaic.serving.streamed import peak_bytes
+from moesaic.core.sizes import peak_bytes
 print(peak_bytes())
 """
 

@@ -17,7 +17,8 @@ PROBE = """
 import json, sys
 import torch, transformers
 from transformers import Qwen3MoeForCausalLM
-from moesaic.serving.streamed import load_streamed, peak_bytes
+from moesaic.core.sizes import peak_bytes
+from moesaic.serving.streamed import load_streamed
 from moesaic.view import quiet
 torch.set_num_threads(1)
 before = peak_bytes()

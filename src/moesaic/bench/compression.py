@@ -32,7 +32,7 @@ from moesaic.trace.calibration import Calibration
 from moesaic.view import load, resolve_model
 
 ALL_TIERS = ("R0", "R1", "R2", "A1", "B")
-OTHER_TIERS = ("C",)
+OTHER_TIERS = ("R0", "C")
 """Kept row by row, and not by domain."""
 
 VARIANTS: dict[tuple[str, str], list[dict[str, Any]]] = {

@@ -51,7 +51,7 @@ class Options:
 
 
 PEER = r"""
-import json, resource, sys, time
+import json, sys, time
 import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM
@@ -69,7 +69,7 @@ oneshot(
     num_calibration_samples=len(rows), moe_calibrate_all_experts=False, shuffle_calibration_samples=False,
 )
 model.save_pretrained(given["out"])
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+peak = next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("VmHWM"))
 print(json.dumps({"seconds": time.perf_counter() - began, "peak_bytes": peak}))
 """
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 import time
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,6 +12,7 @@ from moesaic.cli.common import Debug, Json, console, emit, facts_grid, progress_
 from moesaic.cli.loading import quiet_transformers
 from moesaic.cli.options import ChosenThreads, Context, Dtype, MaxBytes, Model, TrustRemoteCode, pairs, use_threads
 from moesaic.core.errors import BadInput
+from moesaic.core.sizes import peak_bytes
 
 
 def retrofit(
@@ -112,7 +112,7 @@ def retrofit(
     write(settled, tokenizer, out, {"steps": [*read_history(Path(source)), recipe]})
     result["bytes_after"] = _bytes(settled)
     result["seconds"] = time.perf_counter() - began
-    result["peak_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    result["peak_bytes"] = peak_bytes()
     _show(result, json)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,6 +10,7 @@ import typer
 from moesaic.cli.common import console, emit, facts_grid, progress_console
 from moesaic.cli.loading import quiet_transformers
 from moesaic.core.errors import BadInput
+from moesaic.core.sizes import peak_bytes
 
 Out = Annotated[Path | None, typer.Argument(help="The folder to write: not there yet, or empty.")]
 Steps = Annotated[int, typer.Option(help="Optimiser steps.")]
@@ -68,7 +68,7 @@ def run(
         source, out, teacher=learn_from, train=finetune, score=score, say=progress_console.print, training=training, **how
     )
     report["model"] = model
-    report["peak_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    report["peak_bytes"] = peak_bytes()
     return report
 
 

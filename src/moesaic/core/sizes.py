@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import re
+import resource
+import sys
 
 from moesaic.core.errors import BadInput
 
@@ -43,3 +45,13 @@ def show_bytes(size: float) -> str:
             return f"{size:.0f} {unit}" if unit == "B" else f"{size:.3g} {unit}" if size < 1000 else f"{size:,.0f} {unit}"
         size /= 1024
     raise AssertionError
+
+
+def peak_bytes() -> int:
+    """The most memory that this process has had resident, in bytes, Python and libraries included."""
+    try:
+        with open("/proc/self/status", encoding="ascii") as status:  # getrusage would count the process that started us
+            return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM"))
+    except (OSError, StopIteration, ValueError):
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024

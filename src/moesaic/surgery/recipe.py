@@ -21,7 +21,6 @@ step, and within a step behind the last whole block.
 from __future__ import annotations
 
 import json
-import resource
 import shutil
 import time
 from collections.abc import Callable, Mapping
@@ -33,6 +32,7 @@ from moesaic.core import registry
 from moesaic.core.documents import data_files, read_documents, select
 from moesaic.core.errors import BadInput
 from moesaic.core.files import write_atomically
+from moesaic.core.sizes import peak_bytes
 from moesaic.surgery.card import read_history
 from moesaic.surgery.measure import measure
 from moesaic.surgery.operate import LAYERWISE, Plan, Progress, build, check_needs, open_plan, operate, plan_step
@@ -204,7 +204,7 @@ def run_recipe(
     return {
         "out": str(out), "model": str(model), "steps": rows, "bytes_before": plans[0].bytes_before,
         "bytes_after": rows[-1]["bytes_after"], "seconds": time.perf_counter() - began,
-        "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, "stock": rows[-1]["stock"],
+        "peak_bytes": peak_bytes(), "stock": rows[-1]["stock"],
     }  # fmt: skip
 
 

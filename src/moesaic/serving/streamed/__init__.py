@@ -16,7 +16,7 @@ from moesaic.serving.streamed.devices import Device
 from moesaic.serving.streamed.engine import GIVEN, Engine
 from moesaic.serving.streamed.layer import slot_bytes, slot_kinds
 from moesaic.serving.streamed.lossy.mode import Lossy
-from moesaic.serving.streamed.stats import Stats, peak_bytes
+from moesaic.serving.streamed.stats import Stats
 from moesaic.store import PageCache, Reader
 from moesaic.trace import sweep
 from moesaic.trace.hardware import Hardware
@@ -25,7 +25,7 @@ from moesaic.trace.policies.policy import Policy, Shape
 from moesaic.view import View
 from moesaic.view.skeleton import expert_parameters, load_skeleton
 
-__all__ = ["Engine", "Stats", "Streamed", "load_streamed", "peak_bytes"]
+__all__ = ["Engine", "Stats", "Streamed", "load_streamed"]
 
 WHY_NOT = {"future": "nobody knows it while a model runs", "tokens": "its predictor reads whole texts"}
 

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from moesaic.core.sizes import peak_bytes
 from moesaic.serving.streamed.device_stats import device_facts
-from moesaic.serving.streamed.stats import peak_bytes
 
 if TYPE_CHECKING:
     from moesaic.serving.streamed import Streamed

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import resource
-import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -88,13 +86,3 @@ class Stats:
             "prefetch_wasted_bytes": self.prefetch_wasted_bytes,
             "prefetch_failed": self.prefetch_failed,
         }
-
-
-def peak_bytes() -> int:
-    """The most memory that this process has had resident, in bytes, Python and libraries included."""
-    try:
-        with open("/proc/self/status", encoding="ascii") as status:  # getrusage would count the process that started us
-            return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM"))
-    except (OSError, StopIteration, ValueError):
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return peak if sys.platform == "darwin" else peak * 1024
