@@ -43,6 +43,13 @@ def test_find_then_run(tiny_moe, prompts):
         assert all(layer["load"][e] == 0 for block, e in off if block.endswith(f".{layer['layer']}.mlp"))
 
 
+def test_the_pass_beside_an_answer_is_not_its_load(tiny_moe):
+    common = [str(tiny_moe), "def f", "--max-new-tokens", "6", "--temperature", "0", "--no-page", "--json"]
+    plain, steered = called(common, run_app), called([*common, "--steer", "scmoe:beta=0"], run_app)
+    assert steered["text"] == plain["text"]
+    assert [layer["load"] for layer in steered["load"]] == [layer["load"] for layer in plain["load"]]
+
+
 def test_references_then_run(tiny_moe, tmp_path):
     rows = [{"prompt": f"the router {word}", "answer": "a", "choices": ["a", "b"]} for word in ("scores", "keeps", "has", "is")]
     (tmp_path / "q.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -83,6 +83,34 @@ def test_one_batch_of_two_is_two_runs(mixtral, ids):
             torch.testing.assert_close(both[row], one[0], rtol=1e-5, atol=1e-5)
 
 
+def test_a_token_costs_one_call(mixtral, ids):
+    """Strong and weak rows of both answers share every call; sampling draws one token for both; nothing stays on the model."""
+    steer, calls = bound(mixtral, Scmoe(1.5, 0.01)), []
+    with bound(mixtral, None).blocks.on_route(
+        lambda routing, block: calls.append(routing.tokens) if block.layer == 0 else None
+    ):
+        made = write(mixtral, ids, steer, max_new_tokens=4, do_sample=False)
+    assert calls == [4 * 7, 4, 4, 4]
+    assert made.shape == (2, 11)
+    torch.manual_seed(0)
+    one = write(mixtral, ids[:1], steer, max_new_tokens=8, do_sample=True, temperature=1.5)
+    torch.manual_seed(0)
+    assert torch.equal(one, write(mixtral, ids[:1], steer, max_new_tokens=8, do_sample=True, temperature=1.5))
+    assert not mixtral._forward_hooks and not mixtral._forward_pre_hooks
+
+
+def test_several_answers_to_a_prompt(mixtral, ids):
+    """`num_return_sequences` repeats each row: every copy is mixed with its own weak pass."""
+    torch.manual_seed(3)
+    how = {"max_new_tokens": 5, "do_sample": True, "num_return_sequences": 2, "top_k": 1}
+    made = write(mixtral, ids, bound(mixtral, Scmoe(1.5, 0.01)), **how)
+    greedy = write(mixtral, ids, bound(mixtral, Scmoe(1.5, 0.01)), max_new_tokens=5, do_sample=False)
+    assert torch.equal(made, greedy.repeat_interleave(2, 0))
+    for wrong in ({"num_beams": 2}, {"past_key_values": DynamicCache()}, {"return_dict_in_generate": True}):
+        with pytest.raises(BadInput, match="steer"):
+            write(mixtral, ids, bound(mixtral, Scmoe()), max_new_tokens=2, **wrong)
+
+
 def test_rows_and_padding_do_not_leak(mixtral, ids):
     steer = bound(mixtral, Scmoe(1.5, 0.01))
     mask = torch.ones_like(ids)
@@ -99,7 +127,9 @@ def test_it_goes_with_other_steering(mixtral, ids):
     course = steer.start([1])
     with steer.blocks.on_route(lambda r, b: seen.append(r.experts_TK) if b.layer == 0 else None):
         write(mixtral, ids[:1], steer, **GREEDY)
-    assert {tuple(ids_TK.shape[1:]) for ids_TK in seen} == {(1,), (2,)}
+    for ids_TK in seen:
+        strong, weak = ids_TK.chunk(2)
+        assert strong.shape[1] == 2 and (weak[:, 1:] == -1).all(), "the weak rows run one expert"
     assert not any(torch.isin(ids_TK, torch.tensor([0, 1, 2])).any() for ids_TK in seen)
     assert len(course.rows()) == 2
 

@@ -102,13 +102,12 @@ class Session:
         def courses(found: list[Any]) -> None:
             if recorder is not None:
                 recorder.clear()  # the text so far is read again
+                recorder.passes = 1 + len(found[0].beside)
             self.notes.update(found[0].notes)
             if found[0].refused is not None:
                 self.out.print(f"[yellow]no answer: {escape(found[0].refused)}[/yellow]")
 
-        call = partial(
-            write, self.model, steer=self.steering, on_course=courses, within=None if recorder is None else recorder.paused
-        )
+        call = partial(write, self.model, steer=self.steering, on_course=courses)
         return generate(self.model, self.tokenizer, prompt_ids, self.sampling, self._write, call)
 
     def _write(self, text: str) -> None:

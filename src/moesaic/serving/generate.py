@@ -110,7 +110,8 @@ def generate(
 ) -> Generation:
     """Continue `prompt_ids`, calling `on_text` with each finished piece of text. Ctrl-C ends it with what there is.
 
-    `call` takes what `model.generate` takes, and stands in for it. Raises BadInput when the prompt leaves no room in the context.
+    `call` takes what `model.generate` takes, and stands in for it. Raises BadInput when the prompt leaves no room in the
+    context.
     """
     longest = check_fits(model.config, len(prompt_ids))
     room = sampling.max_new_tokens if longest is None else min(sampling.max_new_tokens, longest - len(prompt_ids))

@@ -55,16 +55,8 @@ class Recorder:
     def __init__(self, blocks: Any) -> None:
         self.blocks = blocks
         self._seen: list[list[tuple[Tensor, Tensor]]] = [[] for _ in blocks]
-        self._paused = False
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """Calls inside are not the answer's own: a pass beside it."""
-        self._paused = True
-        try:
-            yield
-        finally:
-            self._paused = False
+        self.passes = 1
+        """A call reads the answer so many times; what the first of them does is kept."""
 
     def clear(self) -> None:
         for calls in self._seen:
@@ -82,11 +74,12 @@ class Recorder:
 
     def _keep(self, calls: list[tuple[Tensor, Tensor]]) -> Any:
         def keep(routing: Routing, block: Any) -> None:
-            if self._paused:
-                return
             assert routing.experts_TK is not None
             assert routing.weights_TK is not None
-            calls.append((routing.experts_TK.to("cpu", torch.int32), routing.weights_TK.detach().to("cpu", torch.float32)))
+            experts_TK, weights_TK = (
+                part.detach()[: routing.tokens // self.passes] for part in (routing.experts_TK, routing.weights_TK)
+            )
+            calls.append((experts_TK.to("cpu", torch.int32), weights_TK.to("cpu", torch.float32)))
 
         return keep
 

@@ -1,20 +1,19 @@
 """Text under steering: `generate` for a prompt, `write` in place of `model.generate`.
 
-B rows, V vocabulary. Rows follow each its own course. Rows beside an answer (a weak pass) have a cache of their own, also for
-the prompt. Where a course changes after some tokens, the text so far is read again: keys and values of the old routing would
-not be those of the new one.
+B rows, C rows beside each, V vocabulary. Rows follow each its own course. Rows beside an answer (a weak pass) run in the same
+calls: the model reads B (1 + C) rows where `model.generate` knows of B. Where a course changes after some tokens, the text so
+far is read again: keys and values of the old routing would not be those of the new one.
 """
 
 from __future__ import annotations
 
-import inspect
+import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList
 from transformers.generation.streamers import BaseStreamer
 
 from moesaic.core.errors import BadInput, NotMoE
@@ -72,18 +71,17 @@ def write(
     attention_mask: Tensor | None = None,
     max_new_tokens: int = 20,
     streamer: Any = None,
-    logits_processor: Any = None,
     on_course: Callable[[list[Course]], None] | None = None,
-    within: Callable[[], AbstractContextManager[Any]] | None = None,
     **how: Any,
 ) -> Tensor:
     """`model.generate` under steering: ids [B, N] in, ids [B, N + new] out; a Steering for all rows, or one per row.
 
-    `on_course` is called with the courses of the rows, each time they are set; passes beside the answers run inside
-    `within()`. Raises BadInput for a batch whose rows must be
-    written one at a time, and for one that a course refuses.
+    `on_course` is called with the courses of the rows, each time they are set. A refused answer has no new tokens. Raises
+    BadInput for a batch whose rows must be written one at a time, and for what `model.generate` would give in another form.
     """
     count, start = input_ids.shape
+    if how.get("return_dict_in_generate"):
+        raise BadInput("steer: return_dict_in_generate: ids are all that is given back; leave it out")
     each = [steer] * count if isinstance(steer, Steering) else list(steer)
     if len(each) != count:
         raise BadInput(f"steer: {len(each)} given for a batch of {count} rows")
@@ -101,11 +99,8 @@ def write(
                 raise BadInput(f"steer: {next((s.alone for s in each if s.alone), 'this method')}: one row at a time")
             changes = courses[0].tokens if courses[0].then is not None else None
             room = left if changes is None else min(left, changes)
-            with _calls(model, each[0].blocks, courses, mask_BN, within) as beside:
-                made = model.generate(
-                    ids_BN, attention_mask=mask_BN, max_new_tokens=room, streamer=through,
-                    logits_processor=LogitsProcessorList([*(logits_processor or ()), *beside]), **how,
-                )  # fmt: skip
+            with _calls(model, each[0].blocks, courses, how):
+                made = model.generate(ids_BN, attention_mask=mask_BN, max_new_tokens=room, streamer=through, **how)
             new = made.shape[1] - ids_BN.shape[1]
             left -= new
             ids_BN, then = made, courses[0].then
@@ -120,14 +115,22 @@ def write(
 
 
 @contextmanager
-def _calls(model: Any, blocks: View | None, courses: list[Course], mask_BN: Tensor, within: Any) -> Iterator[list[Any]]:
-    """What holds during the model's calls; yields the processors that bring in the rows beside."""
-    around = courses[0].around
-    with around() if around is not None else nullcontext():
-        policies = [course.policy for course in courses]
-        with nullcontext() if blocks is None or not any(policies) else blocks.policy(rows=policies):
-            beside = any(course.beside for course in courses)
-            yield [Beside(model, blocks, courses, mask_BN, within)] if beside and blocks is not None else []
+def _calls(model: Any, blocks: View | None, courses: list[Course], how: dict[str, Any]) -> Iterator[None]:
+    """What holds during the model's calls."""
+    around, width = courses[0].around, len(courses[0].beside)
+    if any(len(course.beside) != width for course in courses):
+        raise BadInput("steer: rows of one batch need the same number of passes beside them")
+    beams = how.get("num_beams", model.generation_config.num_beams)
+    if width and ((beams or 1) > 1 or how.get("past_key_values") is not None):
+        raise BadInput("steer: a method with passes beside the answer takes no beams and no cache that is filled already")
+    rows = [course.rows() for course in courses]
+    policies = [row[c] for c in range(1 + width) for row in rows]
+    with (
+        nullcontext() if around is None else around(),
+        nullcontext() if blocks is None or not any(policies) else blocks.policy(rows=policies),
+        beside(model, courses) if width else nullcontext(),
+    ):
+        yield
 
 
 def _ended(model: Any, ids_BN: Tensor, given: Any) -> bool:
@@ -135,47 +138,52 @@ def _ended(model: Any, ids_BN: Tensor, given: Any) -> bool:
     return ends is not None and int(ids_BN[0, -1]) in ([ends] if isinstance(ends, int) else list(ends))
 
 
-class Beside(LogitsProcessor):
-    """Runs the rows beside the answers, with their own cache, and mixes their logits in: for `model.generate`'s
-    `logits_processor`, so for greedy decoding and sampling alike."""
-
-    def __init__(
-        self, model: Any, blocks: View, courses: Sequence[Course], attention_mask: Tensor | None = None, within: Any = None
-    ) -> None:
-        self.model, self.blocks, self.courses, self.mask_BN = model, blocks, list(courses), attention_mask
-        self.within = nullcontext if within is None else within
-        widths = {len(course.beside) for course in courses}
-        if len(widths) > 1:
-            raise BadInput("steer: rows of one batch need the same number of passes beside them")
-        self.width = widths.pop()
-        self.caches: list[Any] = [None] * self.width
-        self.seen = 0
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        beside_CBV = torch.stack([self._pass(c, input_ids) for c in range(self.width)])
-        self.seen = input_ids.shape[1]
-        mixed = []
-        for row, course in enumerate(self.courses):
-            own_V = scores[row]
-            mixed.append(own_V if course.mix is None else course.mix(own_V, beside_CBV[:, row].to(own_V)))
-        return torch.stack(mixed)
-
-    def _pass(self, index: int, input_ids: Tensor) -> Tensor:
-        if self.caches[index] is None:
-            self.caches[index] = DynamicCache(config=self.model.config.get_text_config(decoder=True))
-        given: dict[str, Any] = {"past_key_values": self.caches[index], "use_cache": True, "logits_to_keep": 1}
-        if self.mask_BN is not None:
-            grown = input_ids.shape[1] - self.mask_BN.shape[1]
-            mask_BL = torch.nn.functional.pad(self.mask_BN, (0, grown), value=1)
-            given |= {"attention_mask": mask_BL, "position_ids": (mask_BL.cumsum(1) - 1).clamp(min=0)[:, self.seen :]}
-        given = {name: value for name, value in given.items() if name in _takes(self.model)}
-        policies = [course.rows()[1 + index] for course in self.courses]
-        with self.within(), self.blocks.policy(rows=policies):
-            return self.model(input_ids=input_ids[:, self.seen :], **given).logits[:, -1]
+ROWS = ("input_ids", "inputs_embeds", "attention_mask", "position_ids", "token_type_ids")
+"""Inputs of a model's call that have a part for each row."""
 
 
-def _takes(model: Any) -> set[str]:
-    return set(inspect.signature(model.forward).parameters)
+@contextmanager
+def beside(model: Any, courses: Sequence[Course]) -> Iterator[None]:
+    """Inside the block the model's calls in this thread read every row 1 + C times, in one batch and one cache: all answers,
+    then for each pass beside them all answers again. The caller gets the answers' last logits, [B, 1, V] in float32, mixed with
+    those beside them: `model.generate` draws from these as from any others. The policies of B (1 + C) rows are the caller's."""
+    width, thread = len(courses[0].beside), threading.get_ident()
+
+    def more(module: Any, args: tuple, kwargs: dict) -> Any:
+        if threading.get_ident() != thread:
+            return None
+        return args, {name: _repeated(name, value, 1 + width) for name, value in kwargs.items()}
+
+    def mixed(module: Any, args: tuple, kwargs: dict, output: Any) -> Any:
+        if threading.get_ident() != thread:
+            return None
+        logits_RV = output.logits[:, -1].float()
+        own_BV, *beside_CBV = logits_RV.chunk(1 + width)
+        copies = len(own_BV) // len(courses)  # of several answers to each row, next to one another
+        found = []
+        for row, own_V in enumerate(own_BV):
+            mix = courses[row // copies].mix
+            found.append(own_V if mix is None else mix(own_V, torch.stack([part_BV[row] for part_BV in beside_CBV])))
+        output.logits = torch.stack(found).unsqueeze(1)
+        return output
+
+    handles = [
+        model.register_forward_pre_hook(more, with_kwargs=True),
+        model.register_forward_hook(mixed, with_kwargs=True),
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _repeated(name: str, value: Any, times: int) -> Any:
+    """The rows of an input, all of them `times` times; positions of several kinds have their rows in the second place."""
+    if name not in ROWS or not isinstance(value, Tensor):
+        return value
+    at = 1 if name == "position_ids" and value.dim() == 3 else 0
+    return torch.cat([value] * times, at)
 
 
 class _Through(BaseStreamer):
