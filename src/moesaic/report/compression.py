@@ -22,7 +22,7 @@ CHANCE = ("prune", "random")
 def label(row: dict[str, Any]) -> str:
     told = ("router", "scope", "store", "base")
     said = [str(value) for key, value in row["options"].items() if key in told and value != "uniform"]
-    return f"{row['family']} {row['method']}{f' ({', '.join(said)})' if said else ''}"
+    return f"{row['family']} {row['method']}" + (f" ({', '.join(said)})" if said else "")
 
 
 def by_method(rows: list[dict[str, Any]]) -> dict[str, dict[float, dict[str, Any]]]:
