@@ -22,6 +22,7 @@ COMMANDS = {
     "fit": "which of pruning, rounding and streaming makes a model fit, measured",
     "prune": "fewer experts, chosen by what a text showed",
     "merge": "several experts become one",
+    "upcycle": "dense models become a MoE, or a MoE a dense model",
     "view": "list a model's experts; --coverage checks every architecture",
     "trace": "record which experts every token of a text chooses",
     "analyze": "statistics of a routing trace: load, locality, specialisation",

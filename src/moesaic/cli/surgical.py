@@ -11,6 +11,7 @@ from rich.table import Table
 
 from moesaic.cli.common import console, emit, facts_grid, progress_console
 from moesaic.cli.loading import quiet_transformers
+from moesaic.core import registry
 from moesaic.core.errors import BadInput
 from moesaic.core.sizes import show_bytes
 
@@ -39,28 +40,39 @@ def run(
     """Plan or run steps, and say what came of it."""
     if out is None and not plan:
         raise BadInput("OUT is missing: name the folder to write, or pass --plan")
+    if not plan and out is not None:
+        show(execute(steps, model, out, resume, threads, trust), json)
+        return
     from moesaic.cli.options import use_threads
     from moesaic.surgery.estimate import estimate
-    from moesaic.surgery.recipe import plan_recipe, run_recipe
+    from moesaic.surgery.recipe import plan_recipe
 
     use_threads(threads)
     quiet_transformers()
-    how = {"trust_remote_code": trust}
-    if plan or out is None:
-        plans = plan_recipe(model, steps, trainer, **how)
-        _show_plan(plans, [estimate(each, step) for each, step in zip(plans, steps, strict=True)], out, json)
-        return
+    plans = plan_recipe(model, steps, trainer, trust_remote_code=trust)
+    _show_plan(plans, [estimate(each, step) for each, step in zip(plans, steps, strict=True)], out, json)
+
+
+def execute(steps: list[Any], model: str, out: Path, resume: bool, threads: int | None, trust: bool) -> dict[str, Any]:
+    """Run steps under a bar of progress; the report of `run_recipe`."""
+    from moesaic.cli.options import use_threads
+    from moesaic.surgery.recipe import run_recipe
+    from moesaic.training.finetune import finetune
+
+    use_threads(threads)
+    quiet_transformers()
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed:,}/{task.total:,}"))
     with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=progress_console, transient=True) as bar:
         tasks: dict[str, TaskID] = {}
 
-        def show(what: str, done: int, total: int) -> None:
+        def advance(what: str, done: int, total: int) -> None:
             if what not in tasks:
                 tasks[what] = bar.add_task(what, total=total)
             bar.update(tasks[what], completed=done, total=total)
 
-        report = run_recipe(model, out, steps, trainer=trainer, resume=resume, progress=show, **how)
-    _show(report, json)
+        return run_recipe(
+            model, out, steps, trainer=trainer, train=finetune, resume=resume, progress=advance, trust_remote_code=trust
+        )
 
 
 def trainer(step: Any, source: Path, out: Path | None) -> dict[str, Any]:
@@ -72,12 +84,21 @@ def trainer(step: Any, source: Path, out: Path | None) -> dict[str, Any]:
     if unknown:
         raise BadInput(f"{step.name}: training has no field {unknown[0]!r}")
     most = step.max_bytes
-    texts = {
-        name: trained.of_domain(name, path, step.domain, keep=name == "forget" or step.family != "unlearn", max_bytes=most)
-        for name, path in step.texts.items()
-    }  # fmt: skip
+    entry = registry.get(step.family, step.method)
+    own_form = getattr(entry.build, "readers", {})  # the method reads these files itself
+    options = dict(step.options)
+    if "answers" in step.texts and "answers" in entry.parameters:
+        options["answers"] = True
+    if step.family == "distill":
+        if step.teacher is None:
+            raise BadInput(f"{step.name}: teacher is missing: the model to learn from")
+        given["teacher"] = step.teacher
+    texts: dict[str, Any] = {}
+    for name, path in step.texts.items():
+        keep = name == "forget" or step.family != "unlearn"
+        texts[name] = path if name in own_form else trained.of_domain(name, path, step.domain, keep=keep, max_bytes=most)
     return trained.run(
-        str(source), out, family=step.family, method=step.method, options=step.options, texts=texts, held_out={},
+        str(source), out, family=step.family, method=step.method, options=options, texts=texts, held_out={},
         context=step.context, plan=out is None, **given,
     )  # fmt: skip
 
@@ -108,7 +129,7 @@ def _show_plan(plans: list[Any], costs: list[dict[str, Any]], out: Path | None, 
     console.print(table)
 
 
-def _show(report: dict[str, Any], json: bool) -> None:
+def show(report: dict[str, Any], json: bool) -> None:
     if json:
         emit(report)
         return

@@ -102,6 +102,10 @@ def _opened(checkpoint: Checkpoint) -> Plan:
 def plan_step(before: Plan, family: str, name: str, options: dict[str, Any]) -> Plan:
     """What a layer-wise step makes of what the plan before it leaves. Raises BadInput with the reason it cannot apply."""
     entry, method = build(family, name, options)
+    if not before.facts:
+        raise BadInput(
+            f"{family} {name}: there are no experts after {before.family or 'all, in'} {before.method or 'a dense model'}"
+        )
     if not before.stock:
         raise BadInput(f"{family} {name}: {before.method} leaves what {before.reason}; do this step before it")
     return _plan(before, entry, method, options)

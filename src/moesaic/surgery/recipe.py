@@ -14,6 +14,9 @@
         texts: {forget: secrets.txt, retain: corpus/train}
         training: {steps: 100, lr: 1e-4}
 
+A recipe may begin with dense models (`upcycle: btx`, `models: [law, code]` beside the one it is called with), and may end with
+one (`upcycle: dense`); a `distill` step names its `teacher`.
+
 What a step leaves lies in OUT.steps until the next one has read it; a run that was broken off goes on behind the last whole
 step, and within a step behind the last whole block.
 """
@@ -30,16 +33,25 @@ from typing import Any
 
 from moesaic.core import registry
 from moesaic.core.documents import data_files, read_documents, select
-from moesaic.core.errors import BadInput
+from moesaic.core.errors import BadInput, NotMoE
 from moesaic.core.files import write_atomically
 from moesaic.core.sizes import peak_bytes
+from moesaic.store import Reader
 from moesaic.surgery.card import read_history
+from moesaic.surgery.conversion import Told
+from moesaic.surgery.convert import FAMILY, convert, plan_after, plan_conversion
+from moesaic.surgery.convert import build as build_conversion
+from moesaic.surgery.dense import Dense
 from moesaic.surgery.measure import measure
+from moesaic.surgery.objective import Train
 from moesaic.surgery.operate import LAYERWISE, Plan, Progress, build, check_needs, open_plan, operate, plan_step
 from moesaic.surgery.shards import check_out
 from moesaic.trace.calibration import open_calibration
 
 TRAINED = ("unlearn", "distill", "edit")
+FOLDERS = (FAMILY,)
+"""Families of which a step takes one model folder or several, and makes another architecture."""
+
 CALIBRATION = ("data", "max_bytes", "context", "statistics", "domain", "by_domain", "every")
 
 
@@ -58,6 +70,10 @@ class Step:
     max_bytes: int | None = None
     context: int | None = None
     every: int = 1
+    models: tuple[str, ...] = ()
+    """Of upcycle: further models beside the one that the step gets."""
+    teacher: str | None = None
+    """Of distill: the model to learn from."""
     texts: dict[str, str] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)
 
@@ -84,7 +100,7 @@ def parse(recipe: Mapping[str, Any], where: str = "recipe", root: Path | None = 
 
 def _step(number: int, given: Any, shared: dict[str, Any], where: str, root: Path) -> Step:
     here = f"{where}, step {number}"
-    families = [*LAYERWISE, *TRAINED]
+    families = [*LAYERWISE, *TRAINED, *FOLDERS]
     if not isinstance(given, Mapping):
         raise BadInput(f"{here}: a step is a mapping such as {{prune: reap, keep: 0.5}}")
     named = [key for key in given if key in families]
@@ -97,6 +113,15 @@ def _step(number: int, given: Any, shared: dict[str, Any], where: str, root: Pat
     for key in ("data", "statistics"):
         if values.get(key) is not None:
             values[key] = str(root / values[key])
+    if values.get("teacher") is not None:
+        values["teacher"] = _model_path(values["teacher"], root)
+    if "models" in values:
+        if not isinstance(values["models"], list):
+            raise BadInput(f"{here}: models is a list of model folders")
+        values["models"] = tuple(_model_path(path, root) for path in values["models"])
+    for key, owner in (("models", FAMILY), ("teacher", "distill")):
+        if values.get(key) and family != owner:
+            raise BadInput(f"{here}: {key} is for a step of {owner}")
     if "texts" in values:
         values["texts"] = {name: str(root / path) for name, path in values["texts"].items()}
     known = registry.get(family, method).parameters
@@ -106,20 +131,55 @@ def _step(number: int, given: Any, shared: dict[str, Any], where: str, root: Pat
     return Step(family, method, options, **values)
 
 
+def _model_path(path: Any, root: Path) -> str:
+    """A folder beside the recipe; a hub id or `bundled` as it is."""
+    return str(root / str(path)) if (root / str(path)).is_dir() else str(path)
+
+
 def plan_recipe(model: str | Path, steps: list[Step], trainer: Trainer | None = None, **how: Any) -> list[Plan]:
     """Every step's plan, each on what the one before leaves. Raises BadInput naming the step that cannot apply."""
-    before, plans = open_plan(model, **how), []
+    plans: list[Plan] = []
+    before = _opened(model, steps[0], **how)
     for number, step in enumerate(steps, 1):
         try:
             if step.family in LAYERWISE:
                 before = plan_step(before, step.family, step.method, dict(step.options))
                 _check_text(step)
+            elif step.family in FOLDERS:
+                before = _plan_conversion(model, before, step, first=number == 1, how=how)
             else:
                 before = _plan_trained(before, step, trainer, Path(before.source) if number == 1 else None)
         except BadInput as error:
             raise BadInput(f"step {number} ({step.name}): {error}") from error
         plans.append(before)
     return plans
+
+
+def _opened(model: str | Path, first: Step, **how: Any) -> Plan:
+    """What the first step meets: a MoE, or, where it is one that takes them, a dense model."""
+    if first.family not in FOLDERS and first.family != "distill":
+        return open_plan(model, **how)
+    try:
+        return open_plan(model, **how)
+    except NotMoE:
+        with Reader("keep") as reader:
+            dense = Dense(model, reader, **how)
+        size = dense.table.nbytes
+        return Plan("", "", {}, dense.folder, [], [], True, "a dense model", size, size, 0)
+
+
+def _plan_conversion(model: str | Path, before: Plan, step: Step, first: bool, how: dict[str, Any]) -> Plan:
+    domains = None if step.data is None else len({document.domain for document in _documents(step)})
+    if first:
+        return plan_conversion([model, *step.models], step.method, dict(step.options), domains or 0, **how)
+    return plan_after(before, step.method, dict(step.options), domains or 0)
+
+
+def _documents(step: Step) -> list[Any]:
+    if step.data is None:
+        return []
+    found = [each for each in read_documents(step.data) if step.domain in (None, each.domain)]
+    return list(select(found, step.max_bytes, None))
 
 
 def _plan_trained(before: Plan, step: Step, trainer: Trainer | None, source: Path | None) -> Plan:
@@ -166,11 +226,14 @@ def run_recipe(
     steps: list[Step],
     *,
     trainer: Trainer | None = None,
+    train: Train | None = None,
     resume: bool = False,
     progress: Progress = lambda what, done, total: None,
     **how: Any,
 ) -> dict[str, Any]:
     """Run the steps on `model` and write the result to `out`. `how`: see `moesaic.load`.
+
+    `trainer` runs trained steps, `train` (training/finetune.py) the training inside a conversion.
 
     Returns out, steps (method, seconds, bytes_after of each), bytes_before, bytes_after, seconds, peak_bytes, stock. Raises
     BadInput before the first step where anything of any step can be known to fail; the input is never touched.
@@ -188,6 +251,8 @@ def run_recipe(
         since, target = time.perf_counter(), out if number == len(steps) else work / str(number)
         if step.family in LAYERWISE:
             row = _layerwise(step, current, target, work / f"statistics-{number}", resume, progress, how)
+        elif step.family in FOLDERS:
+            row = _converted(step, current, target, work / f"statistics-{number}", resume, progress, train, how)
         else:
             assert trainer is not None
             if target.parent != work:
@@ -244,6 +309,32 @@ def _layerwise(
     if step.statistics is None and statistics.is_dir():
         shutil.rmtree(statistics)
     return {"bytes_after": report.bytes_after, "read_bytes": report.read_bytes, "stock": report.stock, "blocks": report.blocks}
+
+
+def _converted(
+    step: Step, source: Path, target: Path, statistics: Path, resume: bool, progress: Progress, train: Train | None,
+    how: dict[str, Any],
+) -> dict[str, Any]:  # fmt: skip
+    if target.parent != Path() and not target.parent.is_dir():
+        target.parent.mkdir(parents=True, exist_ok=True)
+    method, told = build_conversion(step.method, dict(step.options)), Told(train=train, **how)
+    if step.statistics is not None:
+        told.statistics = open_calibration(step.statistics)
+    elif method.takes == "moe" and step.data is not None:
+        told.statistics = measure(
+            source, _documents(step), statistics, ["R0"], context=step.context, source=step.data, resume=statistics.is_dir(),
+            progress=lambda done, total: progress("calibrating", done, total), **how,
+        )  # fmt: skip
+    elif step.data is not None:
+        for document in _documents(step):
+            told.texts.setdefault(str(document.domain), []).append(document)
+    told.seq_len = step.context or told.seq_len
+    report = convert(
+        [source, *step.models], target, step.method, dict(step.options), told=told,
+        resume=resume and target.with_name(target.name + ".partial").is_dir(), history=read_history(source),
+        progress=progress, **how,
+    )  # fmt: skip
+    return {"bytes_after": report.bytes_after, "read_bytes": report.read_bytes, "stock": report.stock}
 
 
 def _calibrated(step: Step, entry: registry.Entry, source: Path, out: Path, progress: Progress, how: dict[str, Any]) -> Any:

@@ -19,10 +19,11 @@ from torch import Tensor
 from moesaic.core.errors import BadInput
 from moesaic.core.files import replacing, write_atomically
 from moesaic.core.sizes import show_bytes
-from moesaic.store import Range, Reader
+from moesaic.store import Reader
 from moesaic.store.slots import LINE
 from moesaic.store.table import INDEX, read_header
 from moesaic.store.writing import PIECE, header, settle
+from moesaic.surgery.parts import Lazy, Part, get
 
 MADE = "made.json"
 SPARE_BYTES = 64 << 20
@@ -57,12 +58,14 @@ class Shards:
     def done(self, number: int) -> bool:
         return self.path(number).is_file()
 
-    def copy(self, number: int, tensors: Sequence[tuple[str, Range | Tensor]], reader: Reader) -> None:
-        """A shard of tensors under these names, those on disk as they are stored."""
+    def copy(self, number: int, tensors: Sequence[tuple[str, Part | Tensor]], reader: Reader) -> None:
+        """A shard of tensors under these names, those on disk as they are stored, those to be made one at a time."""
         head = header(((name, each.dtype, each.shape) for name, each in tensors), {"format": "pt"}, LINE)
         with replacing(self.path(number)) as scratch, scratch.open("wb") as stream:
             stream.write(head)
             for _, each in tensors:
+                if isinstance(each, Lazy):
+                    each = get(each, reader)
                 if isinstance(each, Tensor):
                     stream.write(each.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data)
                     continue

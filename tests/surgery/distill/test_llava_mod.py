@@ -62,14 +62,14 @@ def test_upcycling_keeps_dtype_and_the_seed_draws_the_routers():
     ("kind", "how", "says"),
     [
         ("gpt2", {}, "no stock MoE"),
-        ("llama", {"every": 2}, "every layer"),
+        ("mistral", {"every": 2, "sliding_window": 8}, "becomes mixtral only"),
         ("llama", {"every": 1, "attention_bias": True}, "no place|bias"),
         ("qwen3", {"k": 9}, "k=9"),
         ("qwen3", {"every": 9}, "has 4 layers"),
     ],
 )
 def test_what_cannot_be_upcycled_is_refused(kind, how, says):
-    fields = {name: how.pop(name) for name in list(how) if name == "attention_bias"}
+    fields = {name: how.pop(name) for name in list(how) if name in ("attention_bias", "sliding_window")}
     model = dense(kind, **fields) if kind != "gpt2" else AutoModelForCausalLM.from_config(
         AutoConfig.for_model("gpt2", vocab_size=50, n_embd=16, n_layer=1, n_head=2)
     )  # fmt: skip

@@ -11,7 +11,8 @@ from moesaic.core.errors import BadInput
 from moesaic.core.registry import register
 from moesaic.surgery.distillation import PREFERENCES, mimic_loss, read_answers, read_preferences, response_log_probs
 from moesaic.surgery.objective import Batch, Given, Objective, Stage
-from moesaic.surgery.upcycle.sparse import build_config, sparse
+from moesaic.surgery.stock import moe_config
+from moesaic.surgery.upcycle.sparse import sparse
 from moesaic.view import discover
 from moesaic.view.block import View
 
@@ -126,7 +127,7 @@ class LLaVAMoD(Objective):
         stages = "the whole student, then FFNs and routers" if self.dense else "FFNs and routers"
         facts = {"stock": True, "reason": "the student is a stock architecture", "trains": stages}
         if self.dense:
-            config = build_config(model.config, **self.upcycle)
+            config = moe_config(model.config, self.upcycle["experts"], self.upcycle["k"], every=self.upcycle["every"])
             facts["student"] = f"{model.config.model_type} -> {config.model_type}"
         return facts
 

@@ -2,31 +2,62 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from moesaic.core.errors import BadInput
 from moesaic.core.registry import register
+from moesaic.surgery.conversion import Outcome, Told, ToMoE
+from moesaic.surgery.dense import Dense
+from moesaic.surgery.gates import STD, Gates
+from moesaic.surgery.parts import Part
+from moesaic.surgery.stock import moe_config, moe_layers
 from moesaic.view.block import View
-
-KINDS = {"qwen3": "qwen3_moe", "qwen2": "qwen2_moe", "llama": "mixtral", "mistral": "mixtral"}
-"""Dense architecture -> the stock MoE that is it with experts."""
-
-ROUTER_STD = 0.02
 
 
 @register("upcycle", "sparse", paper="2212.05055", card="surgery-and-steering.md#upcycling-baselines")
+class Sparse(ToMoE):
+    """The FFN of every `every`-th layer (the last of each group) becomes `experts` copies; all else is copied.
+
+    With `normalised` weights (they sum to 1) the new model computes what the dense one does, bit for bit but for the order of
+    sums. Without, outputs shrink by the chosen probabilities' sum, as in some of the paper's set-ups. Identical experts only
+    part where the router differs between tokens: its rows are random (N(0, 0.02^2)) or come from prompts (`Gates`).
+    """
+
+    def __init__(
+        self,
+        experts: int = 8,
+        k: int = 2,
+        every: int = 2,
+        normalised: bool = True,
+        router: str = "random",
+        prompts: Any = None,
+        seed: int = 0,
+    ) -> None:
+        self.experts, self.k, self.every, self.normalised = experts, k, every, normalised
+        self.preserves = normalised
+        self.gates = Gates(router, experts, prompts, seed)
+
+    def plan(self, models: Sequence[Dense]) -> Outcome:
+        config = moe_config(models[0].config, self.experts, self.k, every=self.every, normalised=self.normalised)
+        return self.outcome(models, config)
+
+    def prepare(self, models: Sequence[Dense], told: Told) -> None:
+        self.gates.prepare(models[0], moe_layers(self.config), told.trust_remote_code)
+
+    def expert(self, models: Sequence[Dense], layer: int, e: int) -> dict[str, Part]:
+        return dict(models[0].ffn(layer))
+
+    def router(self, models: Sequence[Dense], layer: int) -> Part:
+        return self.gates.part(models[0], layer)
+
+
 @torch.no_grad()
 def sparse(model: Any, experts: int = 8, k: int = 2, every: int = 2, seed: int = 0) -> Any:
-    """A stock MoE whose FFN in every `every`-th layer (the last of each group) is `experts` copies; all else is copied.
-
-    Router rows are N(0, 0.02^2). Weights of the chosen are divided by their sum, so that the new model computes what the
-    dense one does. Qwen3 becomes Qwen3-MoE, Qwen2 Qwen2-MoE (its shared expert has width 1 and weights 0), Llama and
-    Mistral Mixtral, which has experts in every layer (`every` 1). Raises BadInput for another architecture or biases that
-    the target lacks.
-    """
-    config = build_config(model.config, experts, k, every)
+    """The same of a live model, with random rows and normalised weights. Raises BadInput."""
+    config = moe_config(model.config, experts, k, every=every)
     from transformers import AutoModelForCausalLM
 
     made = AutoModelForCausalLM.from_config(config, experts_implementation="moesaic").to(dtype=model.dtype, device=model.device)
@@ -43,7 +74,7 @@ def sparse(model: Any, experts: int = 8, k: int = 2, every: int = 2, seed: int =
             if "experts." not in name or "shared" in name:
                 parameter.zero_()
         weight = next(p for p in block.router.parameters() if p.dim() == 2)
-        weight.copy_(ROUTER_STD * torch.randn(weight.shape, generator=random))
+        weight.copy_(STD * torch.randn(weight.shape, generator=random))
     for name, tensor in made.state_dict().items():
         if name in filled:
             continue
@@ -55,27 +86,3 @@ def sparse(model: Any, experts: int = 8, k: int = 2, every: int = 2, seed: int =
     if left:
         raise BadInput(f"{type(made).__name__} has no place for {left[0]} of {type(model).__name__}")
     return made.eval()
-
-
-def build_config(dense: Any, experts: int, k: int, every: int) -> Any:
-    """Configuration of the MoE that a dense one becomes. Raises BadInput naming what does not fit."""
-    from transformers import AutoConfig
-
-    kind = KINDS.get(dense.model_type)
-    if kind is None:
-        raise BadInput(f"{dense.model_type}: no stock MoE is this architecture with experts; one of {', '.join(KINDS)}")
-    if experts < 2 or not 1 <= k <= experts or not 1 <= every <= dense.num_hidden_layers:
-        raise BadInput(f"experts={experts}, k={k}, every={every}: this model has {dense.num_hidden_layers} layers")
-    if kind == "mixtral" and every != 1:
-        raise BadInput(f"every={every}: {dense.model_type} becomes mixtral, which has experts in every layer: every=1")
-    own = ("model_type", "architectures", "_name_or_path")
-    fields = {key: value for key, value in dense.to_dict().items() if key not in own}
-    inner = dense.intermediate_size
-    if kind == "mixtral":
-        fields |= {"num_local_experts": experts}
-    else:
-        fields |= {"num_experts": experts, "moe_intermediate_size": inner, "norm_topk_prob": True, "mlp_only_layers": []}
-        fields |= {"decoder_sparse_step": every}
-    if kind == "qwen2_moe":
-        fields |= {"shared_expert_intermediate_size": 1, "qkv_bias": True}
-    return AutoConfig.for_model(kind, **{**fields, "num_experts_per_tok": k})
