@@ -21,9 +21,10 @@ import torch
 
 from moesaic.bench.generated import SIZES, generate
 from moesaic.bench.machine import describe
-from moesaic.bench.memory_limit import drop_page_cache
+from moesaic.bench.memory_limit import MemoryLimit, drop_page_cache
 from moesaic.core.documents import read_documents, select
 from moesaic.core.errors import BadInput
+from moesaic.core.sizes import show_bytes
 from moesaic.store import Reader
 from moesaic.store.table import Table
 from moesaic.surgery.measure import measure
@@ -32,6 +33,8 @@ from moesaic.view.load import load_tokenizer, resolve_model
 
 PIECE = 64 << 20
 CASES = ("prune", "reap")
+MOST_OF_MEMORY = 0.75
+"""Of the machine's memory that a peer may take: more would take other processes down with it."""
 
 
 @dataclass
@@ -174,11 +177,19 @@ def _peer(model: Path, out: Path, tokens: list[list[int]], options: Options) -> 
         "model": str(model), "out": str(out), "rows": str(rows), "keep": options.keep, "context": options.context,
         "threads": options.threads,
     }  # fmt: skip
+    command = [options.peer_python, "-c", PEER, json.dumps(given)]
     began = time.perf_counter()
-    done = subprocess.run(
-        [options.peer_python, "-c", PEER, json.dumps(given)], capture_output=True, text=True, check=True,
-        env=_environment(options),
-    )  # fmt: skip
+    if MemoryLimit.unavailable():
+        done = subprocess.run(command, capture_output=True, text=True, check=True, env=_environment(options))
+    else:
+        most = int(MOST_OF_MEMORY * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+        with MemoryLimit(most) as limit:  # page cache counts, and goes first
+            done = subprocess.run(
+                limit.prefixed(command), capture_output=True, text=True, check=False, env=_environment(options)
+            )  # fmt: skip
+        if done.returncode:
+            why = f"killed, it wants more than {show_bytes(most)}" if done.returncode in (-9, 137) else done.stderr
+            raise subprocess.CalledProcessError(done.returncode, command[:1], stderr=why)
     return {**json.loads(done.stdout.splitlines()[-1]), "seconds": time.perf_counter() - began, "stock": True}
 
 
