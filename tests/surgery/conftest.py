@@ -70,3 +70,47 @@ def shuffle():
         return orders
 
     return permute
+
+
+@pytest.fixture
+def on_disk(tmp_path):
+    """on_disk(name, tiers) -> (class, folder of a tiny checkpoint, statistics of some ids, as a calibration)."""
+
+    def build(name: str, tiers: str = "R0,R1,R2"):
+        from moesaic.surgery.memory import measure
+        from moesaic.trace.calibration.store import Calibration, CalibrationHeader
+        from moesaic.trace.file import TraceLayer
+
+        (model_class,) = tiny.model_classes(next(a for a in tiny.architectures() if a.name == name))
+        tiny.build(model_class).save_pretrained(tmp_path / "in")
+        model = model_class.from_pretrained(tmp_path / "in").eval()
+        ids = [torch.randint(8, 80, (6, 16), generator=torch.Generator().manual_seed(3))]
+        layers = measure(model, ids, tiers)
+
+        class Held(Calibration):
+            def layer(self, layer, domain=None):
+                return layers[layer].statistics
+
+            def features(self, layer):
+                return tuple(side.numpy() for side in layers[layer].features())
+
+        known = tuple(TraceLayer(*_row(TraceLayer, each.facts)) for each in layers)
+        header = CalibrationHeader(known, tuple(tiers.split(",")), progress={"tokens": 96})
+        return model_class, tmp_path / "in", Held(tmp_path, header)
+
+    def _row(kind, facts):
+        values = {"name": facts.name, "experts": facts.experts, "top_k": facts.top_k}
+        return [values.get(field, 0) for field in kind._fields]
+
+    return build
+
+
+@pytest.fixture
+def said():
+    """said(model) -> what it gives for its architecture's sample inputs."""
+
+    def run(model):
+        with torch.no_grad():
+            return model.eval()(**tiny.inputs(model)).to_tuple()[0]
+
+    return run

@@ -22,6 +22,8 @@ COMMANDS = {
     "fit": "which of pruning, rounding and streaming makes a model fit, measured",
     "prune": "fewer experts, chosen by what a text showed",
     "merge": "several experts become one",
+    "compress": "the same experts, each smaller: fewer neurons, low rank",
+    "quantize": "experts in few bits, by what a text showed",
     "upcycle": "dense models become a MoE, or a MoE a dense model",
     "view": "list a model's experts; --coverage checks every architecture",
     "trace": "record which experts every token of a text chooses",

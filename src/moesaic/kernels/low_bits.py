@@ -34,10 +34,22 @@ ALIGNMENT = 64
 LEVELS = {8: (1, -128), 4: (1, -8), 2: (2, -3)}
 """Bits -> (step, first): the level of code c is step * c + first."""
 
+GRIDS = {**LEVELS, 3: (1, -4), 1: (2, -1)}
+"""The same, and grids that weights can be rounded to, but that no record holds."""
+
 GROUP_SIZES = (32, 64, 128)
 
-FRACTIONS = {8: (1.0,), 4: (1.0, 0.75, 0.84, 0.92, 1.06), 2: (1.0, 0.5, 0.58, 0.66, 0.74, 0.82, 0.9)}
+FRACTIONS = {
+    8: (1.0,),
+    4: (1.0, 0.75, 0.84, 0.92, 1.06),
+    3: (1.0, 0.65, 0.75, 0.84, 0.92, 1.08),
+    2: (1.0, 0.5, 0.58, 0.66, 0.74, 0.82, 0.9),
+    1: (1.0,),
+}
 """Bits -> the scales tried, as shares of the one that just reaches the group's largest weight. Ties go to the first."""
+
+ON_GRID = 0.0025
+"""Relative error below which a group lies on a grid already, written in bf16 (whose own error is 0.002 at most)."""
 
 ROWS_AT_ONCE = 1 << 16
 """Weights searched at a time: their temporaries stay in a core's second-level cache."""
@@ -132,7 +144,8 @@ def quantize_matrix(weight_BA: Tensor, packing: Packing) -> Tensor:
                 raise BadInput(
                     f"rows {low} to {low + len(wide_BA) - 1} hold weights that are not finite: nothing to round them to"
                 )
-            codes[low : low + step], scale[low : low + step] = _quantize_rows(wide_BA, packing)
+            codes_BA, scale_BG = choose_codes(wide_BA, packing.bits, packing.group_size)
+            codes[low : low + step], scale[low : low + step] = pack_codes(codes_BA, packing.bits), scale_BG
     return record
 
 
@@ -161,30 +174,38 @@ def unpack_codes(packed: Tensor, bits: int) -> Tensor:
     return ((packed.unsqueeze(2) >> torch.arange(0, 8, bits, dtype=torch.uint8)) & (2**bits - 1)).flatten(1)
 
 
-def _quantize_rows(wide_BA: Tensor, packing: Packing) -> tuple[Tensor, Tensor]:
-    """(codes as stored, scales bf16 [B, G]) of some rows."""
+def choose_codes(wide_BA: Tensor, bits: int, group_size: int) -> tuple[Tensor, Tensor]:
+    """Codes uint8 [B, A], one a byte, and scales bf16 [B, G] of an fp32 matrix, on any of the GRIDS."""
     rows, columns = wide_BA.shape
-    whole = columns - columns % packing.group_size
+    whole = columns - columns % group_size
     made = [
-        _quantize_groups(piece_BA.reshape(-1, size), packing.bits)
-        for piece_BA, size in ((wide_BA[:, :whole], packing.group_size), (wide_BA[:, whole:], columns - whole))
+        _quantize_groups(piece_BA.reshape(-1, size), bits)
+        for piece_BA, size in ((wide_BA[:, :whole], group_size), (wide_BA[:, whole:], columns - whole))
         if piece_BA.shape[1]
     ]
     codes_BA, scale_BG = (torch.cat([piece.view(rows, -1) for piece in pieces], 1) for pieces in zip(*made, strict=True))
-    return pack_codes(codes_BA, packing.bits), scale_BG
+    return codes_BA, scale_BG
 
 
 def _quantize_groups(weight_Ng: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     """(codes uint8 [N, g], scale bf16 [N, 1]) of least squared error among the scales tried."""
-    step, first = LEVELS[bits]
-    reach = float(step * (2**bits - 1) + first if bits == 2 else first)
+    step, first = GRIDS[bits]
+    reach = float(step * (2**bits - 1) + first if bits <= 2 else first)
     peak_N1 = weight_Ng.gather(1, weight_Ng.abs().argmax(1, keepdim=True))
     scale_N1 = peak_N1 / reach
+    best_N1, least_N1 = _searched(weight_Ng, [scale_N1 * fraction for fraction in FRACTIONS[bits]], bits)
+    best_N1 = _on_grid(weight_Ng, peak_N1, best_N1, least_N1, bits, int(abs(reach)))
+    codes_Ng = levels_of(weight_Ng, best_N1, bits).sub_(first).div_(step)
+    return codes_Ng.to(torch.uint8), best_N1.bfloat16()
+
+
+def _searched(weight_Ng: Tensor, scales: list[Tensor], bits: int) -> tuple[Tensor, Tensor]:
+    """The scale [N, 1] of least squared error among these and the ones that best fit their codes, and its error."""
     best_N1, least_N1 = None, None
-    for fraction in FRACTIONS[bits]:
-        tried_N1 = _stored(scale_N1 * fraction)
+    for scale_N1 in scales:
+        tried_N1 = _stored(scale_N1)
         for _ in range(2):
-            levels_Ng = _levels(weight_Ng, tried_N1, bits)
+            levels_Ng = levels_of(weight_Ng, tried_N1, bits)
             error_N1 = torch.addcmul(weight_Ng, levels_Ng, tried_N1, value=-1).square_().sum(1, keepdim=True)
             if best_N1 is None or least_N1 is None:
                 best_N1, least_N1 = tried_N1, error_N1
@@ -194,18 +215,36 @@ def _quantize_groups(weight_Ng: Tensor, bits: int) -> tuple[Tensor, Tensor]:
             tried_N1 = _stored(  # the scale of least error for these levels
                 (weight_Ng * levels_Ng).sum(1, keepdim=True) / levels_Ng.square().sum(1, keepdim=True).clamp_(min=1)
             )
-    assert best_N1 is not None
-    codes_Ng = _levels(weight_Ng, best_N1, bits).sub_(first).div_(step)
-    return codes_Ng.to(torch.uint8), best_N1.bfloat16()
+    assert best_N1 is not None and least_N1 is not None
+    return best_N1, least_N1
+
+
+def _on_grid(weight_Ng: Tensor, peak_N1: Tensor, best_N1: Tensor, least_N1: Tensor, bits: int, reach: int) -> Tensor:
+    """The scales of a matrix that was rounded before, found again: its groups then come back as they are.
+
+    Most groups of such a matrix have their largest weight at the furthest level, where the search meets their scale. If a
+    quarter do, the others are tried with the largest weight at each of the next levels.
+    """
+    size_N1 = weight_Ng.square().sum(1, keepdim=True)
+    settled_N1 = least_N1 <= ON_GRID**2 * size_N1
+    if bits <= 2 or bool(settled_N1.all()) or float((settled_N1 & (size_N1 > 0)).float().mean()) < 0.25:
+        return best_N1
+    rows_M = torch.nonzero(~settled_N1[:, 0]).flatten()
+    tried = [peak_N1[rows_M] / level for level in range(max(1, reach // 2), reach)]
+    found_M1, error_M1 = _searched(weight_Ng[rows_M], tried, bits)
+    better_M1 = error_M1 <= ON_GRID**2 * size_N1[rows_M]
+    best_N1 = best_N1.clone()
+    best_N1[rows_M] = torch.where(better_M1, found_M1, best_N1[rows_M])
+    return best_N1
 
 
 def _stored(scale_N1: Tensor) -> Tensor:
     return scale_N1.bfloat16().float()
 
 
-def _levels(weight_Ng: Tensor, scale_N1: Tensor, bits: int) -> Tensor:
+def levels_of(weight_Ng: Tensor, scale_N1: Tensor, bits: int) -> Tensor:
     """The nearest levels under a scale; a scale of zero (a group of zeros) takes any."""
-    step, first = LEVELS[bits]
+    step, first = GRIDS[bits]
     return (
         ((weight_Ng / torch.where(scale_N1 == 0, 1.0, scale_N1)).sub_(first).div_(step))
         .round_()

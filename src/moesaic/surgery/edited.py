@@ -33,6 +33,10 @@ def edited(checkpoint: Checkpoint, i: int, change: Change, blank: Block, matrix:
         read = [torch.empty(shape, dtype=checkpoint.own[name].dtype) for shape, name in zip(shapes, names, strict=True)]
     found = dict(zip(names, read, strict=True)) | rest(checkpoint, i, change, matrix)
     prefix = names[1].rpartition(".")[0]
+    for name in [] if same else _names_under(checkpoint, i):  # biases along the inner width: `_place` writes all of them
+        shape = blank.experts.get_parameter(name.removeprefix(prefix + ".")).shape if name in found else None
+        if shape is not None and shape != found[name].shape:
+            found[name] = torch.empty(shape, dtype=found[name].dtype)
     for f in fresh:
         _place(blank, prefix, found, f, change.experts[f], facts.name)
     if change.matrix_RD is not None:

@@ -183,6 +183,14 @@ class Method:
         """Experts of each block afterwards, as far as is known without statistics. Raises BadInput for what cannot apply."""
         return [facts.experts for facts in blocks]
 
+    def inner(self, facts: Facts) -> int:
+        """The inner width of its experts afterwards, as far as a model of the architecture's own class has to know it."""
+        return facts.inner
+
+    def bytes(self, facts: Facts, count: int) -> int:
+        """What a block of `count` experts takes afterwards, about."""
+        return count * facts.expert_bytes * self.inner(facts) // facts.inner
+
     def look(self, layer: Layer) -> Any:
         """What of this layer the decision needs."""
         return None

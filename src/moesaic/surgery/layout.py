@@ -47,6 +47,8 @@ def piece_shapes(source: Source, shape: tuple[int, ...]) -> list[tuple[int, ...]
     stored = [one.shape[1:] if source.stacked else one.shape for one in source.ranges(0)]
     if shape == source.shape:
         return stored
+    if source.rule is None and stored == [source.shape]:  # as it is, also where it is square
+        return [shape]
     (old, new), *more = {(a, b) for a, b in zip(source.shape, shape, strict=True) if a != b}
     if more:
         raise BadInput(f"{source.name}: {list(source.shape)} cannot become {list(shape)}")

@@ -24,13 +24,13 @@ from moesaic.surgery.edited import edited
 from moesaic.surgery.layer import Change, Facts, Layer, Method
 from moesaic.surgery.layout import tensors as stored_tensors
 from moesaic.surgery.probe import Probe, probe
-from moesaic.surgery.shapes import inner_of
+from moesaic.surgery.shapes import facts_of, inner_of
 from moesaic.surgery.shards import MADE, Shards, check_out, copy_files
 from moesaic.trace.calibration.store import Calibration
 from moesaic.view import View
 from moesaic.view.resize import Resized, resize
 
-LAYERWISE = ("prune", "merge", "compress")
+LAYERWISE = ("prune", "merge", "compress", "quantize")
 
 Progress = Callable[[str, int, int], None]
 """What is done, how far, of how many."""
@@ -134,17 +134,27 @@ def _plan(before: Plan, entry: registry.Entry, method: Method, options: dict[str
     facts = [each._replace(experts=count) for each, count in zip(before.facts, before.experts, strict=True)]
     counts = method.plan(facts)
     stock, reason = method.stock, "the architecture's own class"
+    after = sum(method.bytes(each, count) for each, count in zip(facts, counts, strict=True))
+    before_bytes = sum(each.experts * each.expert_bytes for each in facts)
     fields: dict[str, int] = {}
     if not method.stock:
         reason = "needs `import moesaic` before it loads (rows share experts, blocks differ, or experts are no plain matrices)"
     else:
-        fields = resize(before.model, experts=counts[0]).fields if counts[0] != facts[0].experts else {}
+        inner = method.inner(facts[0])
+        sizes = {"experts": counts[0]} if counts[0] != facts[0].experts else {}
+        sizes |= {"inner": inner} if inner != facts[0].inner else {}
+        resized = resize(before.model, **sizes) if sizes else None
+        fields = resized.fields if resized is not None else {}
         reason += " with other sizes" if fields else ""
-    saved = sum((each.experts - count) * each.expert_bytes for each, count in zip(facts, counts, strict=True))
+        if resized is not None and "inner" in sizes:  # what a next step of a recipe meets
+            news, before = facts_of(View(resized.model)), replace(before, model=resized.model)
+            facts = [
+                each._replace(inner=new.inner, expert_bytes=new.expert_bytes) for each, new in zip(facts, news, strict=True)
+            ]
     bank = max(each.experts * each.expert_bytes for each in facts)
     return Plan(
         entry.family, entry.name, options, before.source, facts, counts, stock, reason, before.bytes_after,
-        before.bytes_after - saved, 2 * bank, fields, before.model,
+        before.bytes_after - before_bytes + after, 2 * bank, fields, before.model,
     )  # fmt: skip
 
 
@@ -314,6 +324,7 @@ class _Step:
         report = {
             "name": layer.facts.name,
             "layer": layer.facts.layer,
+            "module": self.checkpoint.matrices[i][0].rpartition(".")[0],
             "experts_before": layer.facts.experts,
             "experts_after": len(change.keep),
             "expert_map": change.expert_map(layer.facts.experts),

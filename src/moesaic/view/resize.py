@@ -72,9 +72,17 @@ def _set(model: Any, config: Any, old: int, new: int, pattern: str, fields: dict
         except Exception:  # a field that other sizes hang on: not the one
             continue
         sizes = [size(block) for block in find(made)]
-        if sizes == [new] * count and _only_blocks_changed(model, made):
+        if sizes != [new] * count:
+            continue
+        if _only_blocks_changed(model, made):
             fields[".".join([*path, name])] = new
             return tried
+        for place, shared, value in _shared_counts(tried, old, new):
+            other = copy.deepcopy(tried)
+            setattr(_at(other, place), shared, value)
+            if _only_blocks_changed(model, build(type(model), other)):
+                fields |= {".".join([*path, name]): new, ".".join([*place, shared]): value}
+                return other
     raise BadInput(f"{type(model).__name__}: no field of its configuration changes {old} to {new} in its experts alone")
 
 
@@ -87,6 +95,17 @@ def _only_blocks_changed(model: Any, made: Any) -> bool:
     prefixes = tuple(f"{name}." if name else "" for name, _ in blocks)
     changed = [name for name, tensor in before.items() if name in after and after[name].shape != tensor.shape]
     return all(name.startswith(prefixes) and id(before[name]) not in shared for name in changed)
+
+
+def _shared_counts(config: Any, old: int, new: int) -> Iterator[tuple[tuple[str, ...], str, int]]:
+    """Numbers of shared experts with which these keep their width in all, where that is so many times a routed one's."""
+    parts: list[tuple[tuple[str, ...], Any]] = [((), config)]
+    parts += [((name,), getattr(config, name)) for name in getattr(config, "sub_configs", {}) if getattr(config, name, None)]
+    for path, part in parts:
+        for name, value in part.to_dict().items() if isinstance(part, PreTrainedConfig) else ():
+            counted = re.search(r"shared", name) and isinstance(value, int) and not isinstance(value, bool) and value > 0
+            if counted and value * old % new == 0:
+                yield path, name, value * old // new
 
 
 def _candidates(config: Any, old: int, pattern: str) -> Iterator[tuple[tuple[str, ...], str]]:
