@@ -101,6 +101,7 @@ def test_training_rows_and_the_table():
     assert max(map(len, ran.stdout.splitlines())) <= 80
 
 
+@pytest.mark.slow
 def test_against_another_revision_reports_both():
     ran = bench("layer", *TINY, "--dtypes", "fp32", "--routings", "uniform", "--against", "HEAD", "--json")
     if "not imported from one" in ran.stderr:
