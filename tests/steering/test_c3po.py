@@ -10,6 +10,12 @@ from moesaic.core.errors import BadInput
 from moesaic.steering import bound, write
 from moesaic.steering.c3po import C3po, average, gaussian, mean_shift, within
 from moesaic.steering.references import References, collect, look, right
+from moesaic.view.course import finish
+
+
+def whole(method, omega, near, weight):
+    """L(omega), every neighbour's prompt read whole."""
+    return sum(method.loss(omega, i) * k for i, k in zip(near, weight, strict=True)) / weight.sum()
 
 
 @pytest.fixture
@@ -93,7 +99,7 @@ def test_regression_by_hand(olmoe, store, ids):
     own_LE, vector = look(olmoe, steer.blocks, ids[0].tolist())
     near, weight = method.near(vector)
     assert near == [int((store.embedding_nM @ vector).argmax())]
-    moved, _ = method.moved(own_LE, near, weight)
+    moved, _ = finish(method.moved(own_LE, near, weight))
     torch.testing.assert_close(moved, store.pathway_nLE[near[0]])
 
 
@@ -120,7 +126,7 @@ def test_gradient_is_of_the_selected_experts_only(olmoe, store):
     near, weight = [0, 1], torch.tensor([1.0, 0.5])
     omega = store.pathway_nLE[2, 2:].clone()
     given = omega.clone().requires_grad_()
-    (slope,) = torch.autograd.grad(method.loss(given, near, weight), given)
+    (slope,) = torch.autograd.grad(whole(method, given, near, weight), given)
     chosen = torch.zeros_like(omega, dtype=torch.bool).scatter(1, omega.topk(2, -1).indices, True)
     assert (slope[~chosen] == 0).all()
     assert (slope[chosen] != 0).all()
@@ -130,17 +136,37 @@ def test_gradient_is_of_the_selected_experts_only(olmoe, store):
         up[layer, expert] += step
         down[layer, expert] -= step
         with torch.no_grad():  # not scaled to 1 again: the loss is a function of these numbers
-            losses = [float(method.loss(w, near, weight)) for w in (up, down)]
+            losses = [float(whole(method, w, near, weight)) for w in (up, down)]
         assert (losses[0] - losses[1]) / (2 * step) == pytest.approx(float(slope[layer, expert]), rel=0.05, abs=1e-6)
+
+
+@pytest.mark.parametrize("name", ["OlmoeForCausalLM", "GptOssForCausalLM", "DeepseekV2ForCausalLM"])
+def test_a_prompt_read_before_is_a_prompt_read_whole(make, name, ids):
+    """The cache of all but the last token serves every omega, gradients included, and stays as it is."""
+    model = make(name)
+    blocks = moesaic.view(model)
+    with torch.no_grad():
+        answer = model.generate(ids, max_new_tokens=2, do_sample=False)[:, ids.shape[1] :].tolist()
+    made = collect(model, blocks, list(zip(ids.tolist(), answer, [None] * 2, strict=True)))
+    method = bound(model, C3po(made, leak=1.001)).methods[0]
+    omega = made.pathway_nLE[1, method.first :].clone().requires_grad_()
+    prefix = finish(method.prefix(0))
+    assert prefix is not None
+    for _ in range(2):
+        (slope,) = torch.autograd.grad(method.loss(omega, 0, prefix), omega)
+    (wanted,) = torch.autograd.grad(method.loss(omega, 0), omega)
+    assert wanted.abs().max() > 0
+    torch.testing.assert_close(slope, wanted, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(method.loss(omega, 0, prefix), method.loss(omega, 0))
 
 
 def test_descent_lowers_the_neighbours_loss(olmoe, store, ids):
     method = bound(olmoe, C3po(store, "ngd", lr=0.05, leak=1.0, core=8)).methods[0]
     own_LE, vector = look(olmoe, method.blocks, ids[0].tolist())
     near, weight = method.near(vector)
-    moved, _ = method.moved(own_LE[method.first :], near, weight)
+    moved, _ = finish(method.moved(own_LE[method.first :], near, weight))
     with torch.no_grad():
-        before, after = (float(method.loss(w, near, weight)) for w in (own_LE[method.first :], moved))
+        before, after = (float(whole(method, w, near, weight)) for w in (own_LE[method.first :], moved))
     assert after < before
     torch.testing.assert_close(moved.sum(-1), torch.ones(len(moved)))
     with torch.inference_mode():
@@ -153,12 +179,12 @@ def test_line_search_takes_the_least_loss(olmoe, store, ids):
     own_LE, vector = look(olmoe, method.blocks, ids[0].tolist())
     own_LE = own_LE[method.first :]
     near, weight = method.near(vector)
-    moved, alpha = method.moved(own_LE, near, weight)
+    moved, alpha = finish(method.moved(own_LE, near, weight))
     with torch.no_grad():
-        best = float(method.loss(moved, near, weight))
+        best = float(whole(method, moved, near, weight))
         for other in (0.0, 0.3, 0.7, 1.0):
             method.alpha = other
-            assert best <= float(method.loss(method.moved(own_LE, near, weight)[0], near, weight)) + 1e-7
+            assert best <= float(whole(method, finish(method.moved(own_LE, near, weight))[0], near, weight)) + 1e-6
     assert 0 <= alpha <= 1
 
 

@@ -8,8 +8,9 @@ import torch
 import moesaic
 from moesaic.core.errors import BadInput
 from moesaic.steering import bound, write
-from moesaic.steering.rewiring import Rewiring, context_loss, fit, weights_of_layers
+from moesaic.steering.rewiring import Rewiring, context_loss, descent, weights_of_layers
 from moesaic.view import Policy
+from moesaic.view.course import finish
 
 
 def zeros(blocks):
@@ -44,7 +45,7 @@ def test_a_shift_changes_nothing_and_gets_no_gradient(mixtral, ids):
 def test_the_loss_of_the_context_falls_and_other_layers_stay(mixtral, layers):
     blocks = moesaic.view(mixtral)
     ids = torch.randint(8, 80, (24,), generator=torch.Generator().manual_seed(5)).tolist()
-    deltas, losses = fit(mixtral, blocks, ids, zeros(blocks), 8, 0.5, layers, 0.5)
+    deltas, losses = finish(descent(mixtral, blocks, ids, zeros(blocks), 8, 0.5, layers, 0.5))
     with torch.no_grad():
         after = float(context_loss(mixtral, blocks, ids, deltas))
     assert after < losses[0]
@@ -86,7 +87,7 @@ def test_writing_is_segments_read_again(mixtral, ids):
     made = write(mixtral, ids[:1], bound(mixtral, Rewiring(steps=2, lr=5.0, every=4)), max_new_tokens=10, do_sample=False)
     text, deltas = ids[0].tolist(), zeros(blocks)
     for room in (4, 4, 2):
-        deltas, _ = fit(mixtral, blocks, text, deltas, 2, 5.0, "decisive", 0.5)
+        deltas, _ = finish(descent(mixtral, blocks, text, deltas, 2, 5.0, "decisive", 0.5))
         with blocks.policy(logits=deltas):
             text = mixtral.generate(torch.tensor([text]), max_new_tokens=room, do_sample=False)[0].tolist()
     assert made[0].tolist() == text

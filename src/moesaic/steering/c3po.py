@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from moesaic.core.errors import BadInput
 from moesaic.core.registry import register
 from moesaic.steering.references import Embed, References, look
 from moesaic.steering.steer import Steer
 from moesaic.view import Policy
-from moesaic.view.course import Course
+from moesaic.view.course import Course, Steps
 from moesaic.view.policy import resolve
 
 MOST = 100
 """Neighbours, and steps: a request must not keep a server busy for long."""
+PLAIN = (DynamicLayer, DynamicSlidingWindowLayer)
+"""Layers of a cache that several tokens may go on from; recurrent states may not."""
 ALPHAS = tuple(i / 10 for i in range(11))
 
 
@@ -69,7 +73,7 @@ class C3po(Steer):
             raise BadInput(f"c3po: alpha {alpha}: from 0 (the neighbours') to 1 (unchanged)")
         self.store = store if isinstance(store, References) else References.read(store)
         self.how, self.layers, self.core, self.neighbours, self.alpha = how, layers, core, neighbours, alpha
-        self.steps, self.lr, self.kernel, self.leak, self.decode = steps, lr, kernel, leak, decode
+        self.count, self.lr, self.kernel, self.leak, self.decode = steps, lr, kernel, leak, decode
         self.embed: Embed | None = None
         """Set it to use another embedding than the store's default."""
 
@@ -86,14 +90,13 @@ class C3po(Steer):
             raise BadInput(f"c3po: core {self.core}: between 1 and the {min(counts)} experts of a layer")
         resolve(self.policy(self.store.pathway_nLE[0, self.first :]), blocks)
 
-    def start(self, prompt_ids: Sequence[int]) -> Course:
+    def steps(self, prompt_ids: Sequence[int]) -> Steps[Course]:
         with torch.inference_mode(False):
             own_LE, vector_M = look(self.model, self.experts(), prompt_ids, self.embed)
             near, weight_k = self.near(vector_M)
-            if not near:
-                return Course(notes={"c3po_neighbours": 0})
-            own_LE = own_LE[self.first :]
-            moved_LE, alpha = self.moved(own_LE, near, weight_k)
+        if not near:
+            return Course(notes={"c3po_neighbours": 0})
+        moved_LE, alpha = yield from self.moved(own_LE[self.first :], near, weight_k)
         notes = {"c3po_neighbours": len(near), "c3po_alpha": alpha}
         return Course(policy=None if alpha == 1 else self.policy(moved_LE), notes=notes)
 
@@ -107,22 +110,27 @@ class C3po(Steer):
             return order.tolist(), cosine_k.clamp(min=1e-6)
         return order.tolist(), gaussian((2 - 2 * cosine_k).clamp(min=0))
 
-    def moved(self, own_LE: Tensor, near: list[int], weight_k: Tensor) -> tuple[Tensor, float | None]:
+    def moved(self, own_LE: Tensor, near: list[int], weight_k: Tensor) -> Steps[tuple[Tensor, float | None]]:
         """omega and the alpha that made it (None for ngd)."""
         theirs_kLE = self.store.pathway_nLE[near, self.first :]
         core_LE = self.core_of(own_LE)
         if self.how == "ngd":
-            return self.descend(own_LE, core_LE, near, weight_k), None
+            return (yield from self.descend(own_LE, core_LE, near, weight_k)), None
         if self.how == "mode":
             alpha = 0.5 if self.alpha is None else self.alpha
-            return mean_shift(own_LE, theirs_kLE, alpha, self.steps, core_LE), alpha
+            return mean_shift(own_LE, theirs_kLE, alpha, self.count, core_LE), alpha
         mean_LE = average(theirs_kLE, weight_k)
         alphas = ALPHAS if self.alpha is None else (self.alpha,)
+        tried = [within(own_LE, a * own_LE + (1 - a) * mean_LE, core_LE) for a in alphas]
         if len(alphas) == 1:
-            return within(own_LE, alphas[0] * own_LE + (1 - alphas[0]) * mean_LE, core_LE), alphas[0]
-        with torch.no_grad():
-            tried = [within(own_LE, a * own_LE + (1 - a) * mean_LE, core_LE) for a in alphas]
-            losses = [float(self.loss(omega, near, weight_k)) for omega in tried]
+            return tried[0], alphas[0]
+        losses = [0.0] * len(alphas)
+        for i, share in zip(near, shares(weight_k), strict=True):
+            prefix = yield from self.prefix(i)
+            for number, omega_LE in enumerate(tried):
+                with torch.inference_mode(False), torch.no_grad():
+                    losses[number] += share * float(self.loss(omega_LE, i, prefix))
+                yield
         best = min(range(len(alphas)), key=lambda i: (losses[i], -alphas[i]))
         return tried[best], alphas[best]
 
@@ -131,30 +139,63 @@ class C3po(Steer):
         count = self.core if self.core is not None else max(1, round(own_LE.shape[1] * 20 / 64))
         return torch.zeros_like(own_LE, dtype=torch.bool).scatter(1, own_LE.topk(count, -1).indices, True)
 
-    def descend(self, own_LE: Tensor, core_LE: Tensor, near: list[int], weight_k: Tensor) -> Tensor:
-        omega_LE = own_LE.clone()
-        for _ in range(self.steps):
-            with torch.enable_grad():
-                given_LE = omega_LE.clone().requires_grad_()
-                (slope_LE,) = torch.autograd.grad(self.loss(given_LE, near, weight_k), given_LE)
-            omega_LE = within(omega_LE, (omega_LE - self.lr * slope_LE).clamp(min=0), core_LE)
+    def descend(self, own_LE: Tensor, core_LE: Tensor, near: list[int], weight_k: Tensor) -> Steps[Tensor]:
+        prefixes = []
+        for i in near:
+            prefixes.append((yield from self.prefix(i)))
+        with torch.inference_mode(False):
+            omega_LE = own_LE.clone()
+        for _ in range(self.count):
+            slope_LE = torch.zeros_like(omega_LE)
+            for i, share, prefix in zip(near, shares(weight_k), prefixes, strict=True):
+                with torch.inference_mode(False), torch.enable_grad():
+                    given_LE = omega_LE.clone().requires_grad_()
+                    loss = self.loss(given_LE, i, prefix)
+                    if not loss.requires_grad:
+                        raise BadInput(
+                            "c3po: these experts have no backward pass (weights of few bits): how=regression or mode"
+                        )
+                    slope_LE = slope_LE + share * torch.autograd.grad(loss, given_LE)[0]
+                yield
+            with torch.inference_mode(False):
+                omega_LE = within(omega_LE, (omega_LE - self.lr * slope_LE).clamp(min=0), core_LE)
         return omega_LE
 
-    def loss(self, omega_LE: Tensor, near: Sequence[int], weight_k: Tensor) -> Tensor:
-        """L(omega): the neighbours' answers, each after its own prompt whose last token takes omega."""
-        terms = []
-        for i in near:
-            prompt, answer = self.store.prompts[i], self.store.answers[i]
-            given = torch.tensor([[*prompt, *answer[:-1]]], device=self.model.get_input_embeddings().weight.device)
-            with self.experts().policy(rows=[self.policy(omega_LE, at=len(prompt) - 1)]):
-                logits_AV = self.model(input_ids=given, use_cache=False).logits[0, len(prompt) - 1 :]
-            terms.append(torch.nn.functional.cross_entropy(logits_AV.float(), torch.tensor(answer, device=logits_AV.device)))
-        return (torch.stack(terms) * weight_k.to(terms[0])).sum() / weight_k.sum().to(terms[0])
+    def prefix(self, i: int) -> Steps[Any]:
+        """A cache of a neighbour's prompt but its last token, which no omega touches; None where a cache cannot be read on
+        from by several tokens."""
+        ids = self.store.prompts[i][:-1]
+        if not ids:
+            return None
+        with torch.inference_mode(False), torch.no_grad():
+            cache = self.model(input_ids=self.given(ids), use_cache=True).past_key_values
+        yield
+        return cache if all(type(layer) in PLAIN for layer in getattr(cache, "layers", [None])) else None
+
+    def loss(self, omega_LE: Tensor, i: int, prefix: Any = None) -> Tensor:
+        """The loss of neighbour i's answer after its own prompt, whose last token takes omega. `prefix` stays as it is."""
+        prompt, answer = self.store.prompts[i], self.store.answers[i]
+        at = 0 if prefix is not None else len(prompt) - 1
+        read: dict[str, Any] = {"use_cache": False}
+        if prefix is not None:
+            read = {"past_key_values": copy.deepcopy(prefix), "use_cache": True}
+        given = self.given([*prompt[len(prompt) - 1 - at :], *answer[:-1]])
+        with self.experts().policy(rows=[self.policy(omega_LE, at=at)]):
+            logits_AV = self.model(input_ids=given, **read).logits[0, at:]
+        return torch.nn.functional.cross_entropy(logits_AV.float(), torch.tensor(answer, device=logits_AV.device))
+
+    def given(self, ids: Sequence[int]) -> Tensor:
+        return torch.tensor([list(ids)], device=self.model.get_input_embeddings().weight.device)
 
     def policy(self, omega_LE: Tensor, at: Any = None) -> Policy:
         blocks = list(self.experts())[self.first :]
         probs = {block.name: row[: block.num_experts] for block, row in zip(blocks, omega_LE, strict=True)}
         return Policy(probs=probs, at=("last" if self.decode else "prompt") if at is None else at)
+
+
+def shares(weight_k: Tensor) -> list[float]:
+    """K / sum K."""
+    return (weight_k / weight_k.sum()).tolist()
 
 
 def gaussian(squared_k: Tensor) -> Tensor:

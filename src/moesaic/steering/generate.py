@@ -20,7 +20,7 @@ from moesaic.core.errors import BadInput, NotMoE
 from moesaic.steering.spec import Spec, steering
 from moesaic.steering.steer import Steering
 from moesaic.view import View, view
-from moesaic.view.course import Course
+from moesaic.view.course import Course, finish
 
 
 def generate(model: Any, tokenizer: Any, prompt: str | Sequence[int], steer: Spec = None, **how: Any) -> str:
@@ -107,7 +107,7 @@ def write(
             mask_BN = torch.cat([mask_BN, mask_BN.new_ones(count, new)], 1)
             if then is None or left <= 0 or new < room or _ended(model, made, how.get("eos_token_id")):
                 break
-            courses = [then(ids_BN[0].tolist())]
+            courses = [finish(then(ids_BN[0].tolist()))]
     finally:
         if through is not None:
             through.close()

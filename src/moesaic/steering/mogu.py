@@ -9,7 +9,7 @@ from moesaic.core.errors import BadInput
 from moesaic.core.registry import register
 from moesaic.steering.mogu_adapter import MoguAdapter
 from moesaic.steering.steer import Steer
-from moesaic.view.course import Course
+from moesaic.view.course import Course, ready
 
 
 @register(
@@ -38,4 +38,4 @@ class Mogu(Steer):
             pass
 
     def start(self, prompt_ids: Sequence[int]) -> Course:
-        return Course(around=lambda: self.adapter.attached(self.model), tokens=self.tokens, then=lambda ids: Course())
+        return Course(around=lambda: self.adapter.attached(self.model), tokens=self.tokens, then=lambda ids: ready(Course()))

@@ -13,7 +13,7 @@ from moesaic.core.registry import register
 from moesaic.core.routing import Routing
 from moesaic.steering.steer import Steer
 from moesaic.view import Policy, View
-from moesaic.view.course import Course
+from moesaic.view.course import Course, Steps
 from moesaic.view.policy import resolve
 from moesaic.view.slots import token_major
 
@@ -53,16 +53,22 @@ class Rewiring(Steer):
             raise BadInput(f"rewiring: steps {steps}, every {every}, lr {lr}, share {share}, window {window}: out of range")
         if layers not in ("decisive", "undecided", "all", "soft"):
             raise BadInput(f"rewiring: layers {layers!r}: decisive, undecided, all or soft")
-        self.steps, self.lr, self.every, self.share, self.layers, self.window = steps, lr, every, share, layers, window
+        self.count, self.lr, self.every, self.share, self.layers, self.window = steps, lr, every, share, layers, window
 
     def check(self) -> None:
         resolve(Policy(logits={block.name: torch.zeros(block.num_experts) for block in self.experts()}), self.experts())
 
-    def start(self, prompt_ids: Sequence[int]) -> Course:
+    def steps(self, prompt_ids: Sequence[int]) -> Steps[Course]:
         return self.course(list(prompt_ids), {block.name: torch.zeros(block.num_experts) for block in self.experts()})
 
-    def course(self, ids: list[int], deltas: Mapping[str, Tensor]) -> Course:
-        deltas, losses = self.fit(ids, deltas)
+    def course(self, ids: list[int], deltas: Mapping[str, Tensor]) -> Steps[Course]:
+        """The course from here on, with vectors fitted to the text so far."""
+        text = ids[-self.window :]
+        losses: list[float] = []
+        if len(text) > 1:  # a text of one token has nothing to predict
+            deltas, losses = yield from descent(
+                self.model, self.experts(), text, deltas, self.count, self.lr, self.layers, self.share
+            )
         return Course(
             policy=Policy(logits=dict(deltas)),
             tokens=self.every,
@@ -70,38 +76,36 @@ class Rewiring(Steer):
             notes={"rewiring_losses": losses},
         )
 
-    def fit(self, ids: Sequence[int], deltas: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[float]]:
-        """New vectors from these ones, and the loss before each step. A text of one token has nothing to predict."""
-        now = {name: value.clone() for name, value in deltas.items()}
-        text = list(ids)[-self.window :]
-        if len(text) < 2 or not self.steps:
-            return now, []
+
+Fitted = tuple[dict[str, Tensor], list[float]]
+
+
+def descent(
+    model: Any, blocks: View, ids: Sequence[int], deltas: Mapping[str, Tensor], count: int, lr: float, layers: str, share: float
+) -> Steps[Fitted]:
+    """`count` steps of gradient descent on the vectors of the chosen layers; and the loss before each. Raises BadInput where
+    no gradient reaches a vector: experts that have no backward pass."""
+    losses: list[float] = []
+    if not count:
+        return dict(deltas), losses
+    with torch.inference_mode(False):
+        deltas = {name: value.detach().clone() for name, value in deltas.items()}
+        scale = weights_of_layers(decisiveness(model, blocks, ids, deltas), layers, share)
+    moving = [name for name in deltas if scale[name] > 0]
+    for _ in range(count):
+        yield
         with torch.inference_mode(False), torch.enable_grad():
-            return fit(self.model, self.experts(), text, now, self.steps, self.lr, self.layers, self.share)
-
-
-def fit(
-    model: Any, blocks: View, ids: Sequence[int], deltas: dict[str, Tensor], steps: int, lr: float, layers: str, share: float
-) -> tuple[dict[str, Tensor], list[float]]:
-    """`steps` steps of gradient descent on the vectors of the chosen layers; and the loss before each."""
-    deltas = {name: value.detach().clone() for name, value in deltas.items()}
-    scale: dict[str, float] = {}
-    losses = []
-    for step in range(steps):
-        if step == 0:
-            scale = weights_of_layers(decisiveness(model, blocks, ids, deltas), layers, share)
-        learn = {name: value.requires_grad_(scale[name] > 0) for name, value in deltas.items()}
-        moving = [name for name in learn if scale[name] > 0]
-        loss = context_loss(model, blocks, ids, learn)
-        losses.append(float(loss.detach()))
-        slopes = torch.autograd.grad(loss, [learn[name] for name in moving], allow_unused=True)
-        moved = {
-            name: learn[name].detach() - lr * scale[name] * slope
-            for name, slope in zip(moving, slopes, strict=True)
-            if slope is not None
-        }
-        deltas = {name: moved.get(name, value.detach()) for name, value in learn.items()}
-    return deltas, losses
+            learn = {name: value.requires_grad_(name in moving) for name, value in deltas.items()}
+            loss = context_loss(model, blocks, ids, learn)
+            losses.append(float(loss.detach()))
+            if not loss.requires_grad:
+                raise BadInput("rewiring: these experts have no backward pass (weights of few bits): run them unquantised")
+            slopes = torch.autograd.grad(loss, [learn[name] for name in moving], allow_unused=True)
+            deltas = {name: value.detach() for name, value in learn.items()}
+            for name, slope in zip(moving, slopes, strict=True):
+                if slope is not None:
+                    deltas[name] = deltas[name] - lr * scale[name] * slope
+    return dict(deltas), losses
 
 
 def context_loss(model: Any, blocks: View, ids: Sequence[int], deltas: Mapping[str, Tensor]) -> Tensor:

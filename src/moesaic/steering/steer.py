@@ -11,16 +11,19 @@ from typing import Any, ClassVar
 
 from moesaic.core.errors import BadInput
 from moesaic.view import Policy, View
-from moesaic.view.course import Course, together
+from moesaic.view.course import Course, Steps, finish, ready, together
 
 
 class Steer:
-    """One method with its options. `bind` comes once per model, `start` once per answer."""
+    """One method with its options. `bind` comes once per model, `steps` (or `start`, which is its result) once per answer;
+    a method has one of the two."""
 
     files: ClassVar[frozenset[str]] = frozenset()
     """Options that name a file."""
     alone: ClassVar[str | None] = None
     """Why answers under this method share no call with others; None where they do."""
+    own = False
+    """Whether several answers to one prompt need a course each: one that remembers what it has drawn."""
 
     model: Any = None
     blocks: View | None = None
@@ -35,7 +38,11 @@ class Steer:
 
     def start(self, prompt_ids: Sequence[int]) -> Course:
         """The course of an answer to this prompt; may run the model."""
-        raise NotImplementedError
+        return finish(self.steps(prompt_ids))
+
+    def steps(self, prompt_ids: Sequence[int]) -> Steps[Course]:
+        """`start`, giving way between the model's passes."""
+        return ready(self.start(prompt_ids))
 
     def experts(self) -> View:
         """The blocks. Raises BadInput for a model without experts."""
@@ -70,8 +77,17 @@ class Steering:
         return self
 
     def start(self, prompt_ids: Sequence[int]) -> Course:
-        own = [] if self.policy is None else [Course(policy=self.policy)]
-        return together([*own, *(method.start(prompt_ids) for method in self.methods)])
+        return finish(self.steps(prompt_ids))
+
+    def steps(self, prompt_ids: Sequence[int]) -> Steps[Course]:
+        courses = [] if self.policy is None else [Course(policy=self.policy)]
+        for method in self.methods:
+            courses.append((yield from method.steps(prompt_ids)))
+        return together(courses)
+
+    @property
+    def own(self) -> bool:
+        return any(method.own for method in self.methods)
 
     @property
     def alone(self) -> str | None:

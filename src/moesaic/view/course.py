@@ -1,20 +1,41 @@
 """The course of one answer: the policy of its calls, the passes beside it, and when it changes.
 
 V vocabulary, C rows beside an answer's own. Steering methods make courses; whoever writes an answer follows one: a loop around
-`model.generate`, or a server whose rows share a batch.
+`model.generate`, or a server whose rows share a batch. A method may have to run the model before it knows its course: it
+gives way between two passes, so that whoever asked can do other work there.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor
 
 from moesaic.core.errors import BadInput
 from moesaic.view.policy import Policy
+
+T = TypeVar("T")
+Steps = Generator[None, None, T]
+"""Work that gives way between the model's passes; its result is what the generator returns. No context of it is open while it
+waits: torch's modes and policies are those of a thread, not of a generator."""
+
+
+def finish(steps: Steps[T]) -> T:
+    """The result of work, done at once."""
+    while True:
+        try:
+            next(steps)
+        except StopIteration as done:
+            return done.value
+
+
+def ready(result: T) -> Steps[T]:
+    """Work that is done."""
+    return result
+    yield
 
 
 @dataclass(frozen=True)
@@ -27,7 +48,7 @@ class Course:
         mix: mix(own_V, beside_CV) -> the logits to draw from; only with `beside`.
         around: opens what holds during the model's calls and cannot tell rows apart: such an answer shares no call.
         tokens: after so many new tokens `then` gives the next course, and the text so far is read again.
-        then: then(ids so far) -> Course.
+        then: then(ids so far) -> the next course, as steps.
         notes: what is worth telling beside the answer.
         refused: why no answer is written at all.
     """
@@ -37,7 +58,7 @@ class Course:
     mix: Callable[[Tensor, Tensor], Tensor] | None = None
     around: Callable[[], AbstractContextManager[Any]] | None = None
     tokens: int | None = None
-    then: Callable[[list[int]], Course] | None = None
+    then: Callable[[list[int]], Steps[Course]] | None = None
     notes: dict[str, Any] = field(default_factory=dict)
     refused: str | None = None
 
@@ -69,7 +90,11 @@ def together(courses: Sequence[Course]) -> Course:
     leads = [course for course in courses if course.then is not None]
     if leads:
         (lead,), others = leads, [course for course in courses if course.then is None]
-        then = lead.then
-        assert then is not None
-        whole = replace(whole, tokens=lead.tokens, then=lambda ids: together([then(ids), *others]))
+        lead_on = lead.then
+        assert lead_on is not None
+
+        def then(ids: list[int]) -> Steps[Course]:
+            return together([(yield from lead_on(ids)), *others])
+
+        whole = replace(whole, tokens=lead.tokens, then=then)
     return whole

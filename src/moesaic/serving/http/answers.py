@@ -48,7 +48,9 @@ class ChatChoice(BaseModel):
     index: int
     message: ChatMessage
     logprobs: ChatLogprobs | None
-    finish_reason: Literal["stop", "length", "tool_calls"]
+    finish_reason: Literal["stop", "length", "tool_calls", "content_filter"]
+    steering: dict[str, Any] | None = None
+    """Only where the request has a `routing`: {"exact": false} and what its methods have to say."""
 
 
 class ChatCompletion(BaseModel):
@@ -71,7 +73,9 @@ class Choice(BaseModel):
     index: int
     text: str
     logprobs: Logprobs | None
-    finish_reason: Literal["stop", "length"]
+    finish_reason: Literal["stop", "length", "content_filter"]
+    steering: dict[str, Any] | None = None
+    """As in chat."""
 
 
 class Completion(BaseModel):

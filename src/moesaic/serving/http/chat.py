@@ -73,32 +73,40 @@ class _Answer:
                 delta = {"tool_calls": [{"index": i, **call} for i, call in enumerate(calls)]}
                 yield self._chunk(piece.index, delta) | more
             if piece.reason:
-                yield self._chunk(piece.index, {}, None, "tool_calls" if calls else piece.reason) | more
+                reason = "tool_calls" if calls else piece.reason
+                yield self._chunk(piece.index, {}, None, reason, piece.notes) | more
         if usage:
             yield {**self.head, "object": "chat.completion.chunk", "choices": [], "usage": self.group.usage()}
 
-    def _chunk(self, index: int, delta: dict[str, Any], logprobs: Any = None, reason: str | None = None) -> dict[str, Any]:
+    def _chunk(
+        self, index: int, delta: dict[str, Any], logprobs: Any = None, reason: str | None = None,
+        notes: dict[str, Any] | None = None,
+    ) -> dict[str, Any]:  # fmt: skip
         choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
+        if notes is not None:
+            choice["steering"] = notes
         return {**self.head, "object": "chat.completion.chunk", "choices": [choice]}
 
     async def whole(self) -> dict[str, Any]:
         n = self.body.n or 1
         texts, tokens = [""] * n, [[] for _ in range(n)]  # type: list[str], list[list[TokenText]]
         reasons: list[str | None] = [None] * n
+        notes: list[dict[str, Any] | None] = [None] * n
         called: list[list[dict[str, Any]]] = [[] for _ in range(n)]
         async for _, piece in self.group.pieces():
             text, calls = self._split(piece)
             texts[piece.index] += text
             tokens[piece.index] += piece.tokens
             called[piece.index] += calls
-            reasons[piece.index] = piece.reason
+            reasons[piece.index], notes[piece.index] = piece.reason, piece.notes
         choices = []
         for i in range(n):
             message: dict[str, Any] = {"role": "assistant", "content": texts[i]}
             if called[i]:
                 message |= {"content": texts[i] or None, "tool_calls": called[i]}
             reason = "tool_calls" if called[i] else reasons[i]
-            choices.append({"index": i, "message": message, "logprobs": self._logprobs(tokens[i]), "finish_reason": reason})
+            choice = {"index": i, "message": message, "logprobs": self._logprobs(tokens[i]), "finish_reason": reason}
+            choices.append(choice if notes[i] is None else {**choice, "steering": notes[i]})
         return {**self.head, "object": "chat.completion", "choices": choices, "usage": self.group.usage()}
 
     def _split(self, piece: Piece) -> tuple[str, list[dict[str, Any]]]:

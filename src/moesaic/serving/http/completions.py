@@ -59,7 +59,8 @@ class _Answer:
                 yield {**self.head, "choices": [self._choice(prompt * self.n + i, text, (), None)]} | more
         async for prompt, piece in self.group.pieces():
             index = prompt * self.n + piece.index
-            yield {**self.head, "choices": [self._choice(index, piece.text, piece.tokens, piece.reason)]} | more
+            choice = self._choice(index, piece.text, piece.tokens, piece.reason, piece.notes)
+            yield {**self.head, "choices": [choice]} | more
         if usage:
             yield {**self.head, "choices": [], "usage": self.group.usage()}
 
@@ -68,16 +69,20 @@ class _Answer:
         texts = [self.echoed[i // self.n] for i in range(count)]
         tokens: list[list[TokenText]] = [[] for _ in range(count)]
         reasons: list[str | None] = [None] * count
+        notes: list[dict[str, Any] | None] = [None] * count
         async for prompt, piece in self.group.pieces():
             index = prompt * self.n + piece.index
             texts[index] += piece.text
             tokens[index] += piece.tokens
-            reasons[index] = piece.reason
-        choices = [self._choice(i, texts[i], tokens[i], reasons[i]) for i in range(count)]
+            reasons[index], notes[index] = piece.reason, piece.notes
+        choices = [self._choice(i, texts[i], tokens[i], reasons[i], notes[i]) for i in range(count)]
         return {**self.head, "choices": choices, "usage": self.group.usage()}
 
-    def _choice(self, index: int, text: str, tokens: Iterable[TokenText], reason: str | None) -> dict[str, Any]:
-        return {"index": index, "text": text, "logprobs": self._logprobs(tokens), "finish_reason": reason}
+    def _choice(
+        self, index: int, text: str, tokens: Iterable[TokenText], reason: str | None, notes: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        choice = {"index": index, "text": text, "logprobs": self._logprobs(tokens), "finish_reason": reason}
+        return choice if notes is None else {**choice, "steering": notes}
 
     def _logprobs(self, tokens: Iterable[TokenText]) -> dict[str, Any] | None:
         if self.body.logprobs is None:

@@ -21,8 +21,10 @@ import math
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -33,8 +35,10 @@ from moesaic.serving.http.batch import Batch, Runner
 from moesaic.serving.http.errors import ApiError, closing, timed_out
 from moesaic.serving.http.jobs import Beside, Done, Failed, Job, Row, drawn_from
 from moesaic.serving.http.meter import ExpertLoad, Meter
+from moesaic.serving.http.preparing import Preparing, first_courses, next_course
 from moesaic.store import ReadFailed
 from moesaic.view import View, view
+from moesaic.view.course import Course
 
 log = logging.getLogger("moesaic.serve")
 
@@ -85,6 +89,7 @@ class Engine:
         self._waiting: deque[Job] = deque()
         self._calls: deque[tuple[Callable[[], Any], Future]] = deque()
         self._batches: list[Batch] = []
+        self._preparing: deque[Preparing] = deque()
         self._wake = threading.Condition()
         self._close_by: float | None = None
         self._thread: threading.Thread | None = None
@@ -106,7 +111,7 @@ class Engine:
 
     @property
     def running(self) -> int:
-        return sum(len(batch.rows) for batch in list(self._batches))
+        return sum(len(rows) for rows in self._rows())
 
     @property
     def waiting(self) -> int:
@@ -115,8 +120,13 @@ class Engine:
     def jobs(self) -> list[Job]:
         """Jobs that run or wait."""
         with self._wake:
-            running = {row.job.number: row.job for batch in list(self._batches) for row in list(batch.rows)}
+            running = {row.job.number: row.job for rows in self._rows() for row in rows}
             return [*running.values(), *self._waiting]
+
+    def _rows(self) -> list[Sequence[Row | Beside]]:
+        """Those of each batch, and of each job that works out its course."""
+        groups: list[Batch | Preparing] = [*list(self._batches), *list(self._preparing)]
+        return [tuple(group.rows) for group in groups]
 
     def submit(self, jobs: Sequence[Job]) -> None:
         """Queue jobs, all or none. Raises ApiError: 429 when the queue is full, 503 when the engine is closing."""
@@ -178,18 +188,20 @@ class Engine:
                     self._drop()
                     self._serve_calls()
                     self._admit()
+                    self._prepare()
                     self._step()
                 except Exception:  # a fault of ours must not silence the other requests' server
                     log.exception("the engine failed between requests; every running request is given up")
-                    self._fail_rows(list(self._batches), ApiError(500, "the engine failed; see the server's log"))
+                    self._fail_rows(self._rows(), ApiError(500, "the engine failed; see the server's log"))
                     self._batches.clear()
+                    self._preparing.clear()
         if self.meter.load is not None:
             self.meter.load.close()
 
     def _sleep(self) -> bool:
         """Wait for work; False when the engine is to end."""
         with self._wake:
-            while not (self._waiting or self._batches or self._calls):
+            while not (self._waiting or self._batches or self._calls or self._preparing):
                 if self.closing:
                     return False
                 self._wake.wait(5.0)
@@ -208,8 +220,8 @@ class Engine:
                 self._calls.remove(call)
         for _, future in calls:
             future.set_exception(closing())
-        for batch in self._batches:
-            for row in batch.rows:
+        for rows in self._rows():
+            for row in rows:
                 if not row.job.over and (row.job.cancelled or now >= row.job.deadline or final):
                     self._give_up(row.job, final)
         self._sweep()
@@ -251,32 +263,54 @@ class Engine:
                     return
                 job = self._waiting.popleft()
             budget -= len(job.prompt_ids)
-            try:
-                self._read(job)
-            except ReadFailed as error:
-                self._fail(job, _unread(error))
-            except ApiError as error:
-                self._fail(job, error)
-            except MoesaicError as error:  # a routing that only the router itself could refuse
-                self._fail(job, ApiError(400, str(error), param="routing"))
-            except Exception:
-                log.exception("reading a prompt of %d tokens failed", len(job.prompt_ids))
-                self._fail(job, ApiError(500, "the model failed on this prompt; see the server's log"))
+            with self._failing(job):
+                self.meter.read_prompt(job)
+                job.outcome = "running"
+                rows = [Row(job, index, self.tokenizer, self._ends) for index in range(job.n)]
+                if job.steering is None:
+                    self._read(job, rows)
+                else:
+                    self._advance(Preparing(job, rows, first_courses(job.steering, job), partial(self._begin, job, rows)))
             if budget <= 0:
                 return
 
-    def _read(self, job: Job) -> None:
-        self.meter.read_prompt(job)
-        job.outcome = "running"
-        rows = [Row(job, index, self.tokenizer, self._ends) for index in range(job.n)]
-        if job.steering is not None:
-            courses = [job.steering.start(job.prompt_ids)]
-            if not courses[0].shares:  # a course that changes is each answer's own
-                courses += [job.steering.start(job.prompt_ids) for _ in rows[1:]]
-            if courses[0].refused is not None:
-                raise ApiError(422, courses[0].refused, code="abstained", param="routing")
-            for i, row in enumerate(rows):
-                row.course = courses[min(i, len(courses) - 1)]
+    @contextmanager
+    def _failing(self, job: Job) -> Iterator[None]:
+        """What goes wrong inside takes this job down, no other."""
+        try:
+            yield
+        except ReadFailed as error:
+            self._fail(job, _unread(error))
+        except ApiError as error:
+            self._fail(job, error)
+        except MoesaicError as error:  # a routing that only the router itself could refuse
+            self._fail(job, ApiError(400, str(error), param="routing"))
+        except Exception:
+            log.exception("reading %d tokens failed", len(job.prompt_ids) + job.completion_tokens)
+            self._fail(job, ApiError(500, "the model failed on this text; see the server's log"))
+
+    def _prepare(self) -> None:
+        """One pass for one of the answers that work out their course, each in its turn."""
+        if self._preparing:
+            waits = self._preparing.popleft()
+            with self._failing(waits.job):
+                self._advance(waits)
+
+    def _advance(self, waits: Preparing) -> None:
+        if waits.advance():
+            self._preparing.append(waits)
+
+    def _begin(self, job: Job, rows: list[Row], courses: list[Course]) -> None:
+        for row, course in zip(rows, courses, strict=True):
+            row.begin(course)
+        if courses[0].refused is None:
+            self._read(job, rows)
+            return
+        for row in rows:
+            row.withhold()
+        self._finish(rows)
+
+    def _read(self, job: Job, rows: list[Row]) -> None:
         if not rows[0].course.shares:
             for row in rows:
                 self._read_apart(row)
@@ -328,7 +362,7 @@ class Engine:
                 continue
             except Exception:
                 log.exception("a step over %d rows failed", len(batch.rows))
-                self._fail_rows([batch], ApiError(500, "the model failed while answering; see the server's log"))
+                self._fail_rows([batch.rows], ApiError(500, "the model failed while answering; see the server's log"))
                 continue
             self._draw(batch, logits_BV)
         self._sweep()
@@ -337,16 +371,15 @@ class Engine:
         """An answer whose course changes now: its text is read again under the next one."""
         self._batches.remove(batch)
         row = batch.rows[0].owner
-        try:
-            row.turn()
+
+        def then(courses: list[Course]) -> None:
+            row.turn(courses[0])
             self._read_apart(row)
             self.meter.drew(row.job, 1)
-        except MoesaicError as error:
-            self._fail(row.job, ApiError(400, str(error), param="routing"))
-        except Exception:
-            log.exception("steering an answer failed")
-            self._fail(row.job, ApiError(500, "the model failed while answering; see the server's log"))
-        self._finish([row])
+            self._finish([row])
+
+        with self._failing(row.job):
+            self._advance(Preparing(row.job, [row], next_course(row), then))
 
     def _draw(self, batch: Batch, logits_BV: torch.Tensor) -> None:
         """Give the rows of a step their tokens; complete ones leave."""
@@ -367,7 +400,7 @@ class Engine:
         log.warning("a step over %d rows is done again row by row: %s", len(batch.rows), error)
         self._batches.remove(batch)
         if not batch.undo():
-            self._fail_rows([batch], _unread(error))
+            self._fail_rows([batch.rows], _unread(error))
             return
         whole: Batch | None = None
         until = time.monotonic() + AGAIN_SECONDS
@@ -375,16 +408,16 @@ class Engine:
             if one.rows[0].job.over:  # another answer of the same job has failed
                 continue
             if time.monotonic() > until:
-                self._fail_rows([one], _unread(error))
+                self._fail_rows([one.rows], _unread(error))
                 continue
             try:
                 logits_BV = one.step()
             except ReadFailed as again:
-                self._fail_rows([one], _unread(again))
+                self._fail_rows([one.rows], _unread(again))
                 continue
             except Exception:
                 log.exception("a step of one row failed")
-                self._fail_rows([one], ApiError(500, "the model failed while answering; see the server's log"))
+                self._fail_rows([one.rows], ApiError(500, "the model failed while answering; see the server's log"))
                 continue
             self._draw(one, logits_BV)
             if one.rows and whole is not None:
@@ -413,9 +446,9 @@ class Engine:
                 self.meter.ended(job, "done")
                 job.deliver(Done(len(job.prompt_ids), job.completion_tokens))
 
-    def _fail_rows(self, batches: list[Batch], error: ApiError) -> None:
-        for batch in batches:
-            for row in batch.rows:
+    def _fail_rows(self, groups: Sequence[Sequence[Row | Beside]], error: ApiError) -> None:
+        for rows in groups:
+            for row in rows:
                 self._fail(row.job, error)
 
     def _sweep(self) -> None:
@@ -423,6 +456,7 @@ class Engine:
         for batch in self._batches:
             batch.keep([not row.job.over for row in batch.rows])
         self._batches = [batch for batch in self._batches if batch.rows]
+        self._preparing = deque(waits for waits in self._preparing if not waits.job.over)
 
 
 def _unread(error: ReadFailed) -> ApiError:

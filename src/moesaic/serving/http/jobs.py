@@ -19,7 +19,8 @@ from moesaic.serving.stream import TextPieces
 from moesaic.view import Policy
 from moesaic.view.course import Course
 
-Reason = Literal["stop", "length"]
+Reason = Literal["stop", "length", "content_filter"]
+"""The last is OpenAI's word for an answer that was withheld: here, a method of steering abstained."""
 _numbers = itertools.count(1)
 
 
@@ -33,12 +34,13 @@ class TokenText:
 
 @dataclass(frozen=True)
 class Piece:
-    """More text of answer `index`; the last piece has a reason."""
+    """More text of answer `index`; the last piece has a reason, and where routing was asked for what there is to say of it."""
 
     index: int
     text: str
     tokens: tuple[TokenText, ...] = ()
     reason: Reason | None = None
+    notes: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -103,6 +105,7 @@ class Row:
         self.job, self.index, self.length = job, index, len(job.prompt_ids)
         self.last = -1
         self.course = Course()
+        self.notes: dict[str, Any] = {}
         self.written: list[int] = []
         self.changed_at = 0
         self._ends = frozenset() if job.options.ignore_eos else ends
@@ -127,12 +130,22 @@ class Row:
         tokens = self.course.tokens
         return self.course.then is not None and tokens is not None and len(self.written) - self.changed_at >= tokens
 
-    def turn(self) -> None:
-        """Take the next course; the text so far is then to be read again. May run the model."""
-        assert self.course.then is not None
-        self.course = self.course.then([*self.job.prompt_ids, *self.written])
+    def begin(self, course: Course) -> None:
+        """Follow a course from here on; its notes stand beside earlier ones."""
+        self.course = course
+        self.notes |= course.notes
+
+    def turn(self, course: Course) -> None:
+        """Take the next course; the text so far is then to be read again."""
+        self.begin(course)
         self.changed_at = len(self.written)
         self.length = len(self.job.prompt_ids) + len(self.written)
+
+    def withhold(self) -> None:
+        """End the answer before its first token: its course refused it."""
+        self.notes["abstained"] = self.course.refused
+        self._send("", "content_filter")
+        self.job.unfinished -= 1
 
     def take(self, logits_V: Tensor) -> bool:
         """Draw a token, hand on the text that became certain; True when the answer is complete."""
@@ -173,7 +186,8 @@ class Row:
         # A token belongs to the piece that holds the first of its characters; what a stop string took has none.
         ready = [token for token in self._tokens if token.start < self._sent or (reason and not self._stops.stopped)]
         self._tokens = self._tokens[len(ready) :]
-        self.job.deliver(Piece(self.index, text, tuple(ready), reason))
+        notes = None if reason is None or self.job.steering is None else {"exact": False, **self.notes}
+        self.job.deliver(Piece(self.index, text, tuple(ready), reason, notes))
 
 
 class Beside:

@@ -2,7 +2,7 @@
 policy, so neighbours are untouched.
 
 The fields of a policy are known here. `routing.steer` names methods, which the server was given as a function: it makes of
-{method: options} and a policy something whose `start(prompt_ids)` gives a course (view/course.py).
+{method: options} and a policy something whose `steps(prompt_ids)` give a course (view/course.py).
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from typing import Any
 
 from moesaic.core.errors import BadInput
 from moesaic.view import Policy, View
-from moesaic.view.course import Course
+from moesaic.view.course import Course, Steps, ready
 from moesaic.view.policy import resolve
 
 Methods = Callable[[Mapping[str, Any]], Any]
-"""`routing` of a request -> what has `bind(model, blocks, tokenizer)`, `start(prompt_ids)` and `alone`."""
+"""`routing` of a request -> what has `bind(model, blocks, tokenizer)`, `steps(prompt_ids)` and `own`."""
 
 
 class Steering:
@@ -44,9 +44,14 @@ class Steering:
                 raise BadInput("routing: this server was started without steering methods")
             self._methods = methods({**given, "steer": steer}).bind(model, blocks, tokenizer)
 
-    def start(self, prompt_ids: Sequence[int]) -> Course:
-        """The course of an answer; may run the model."""
-        return Course(policy=self._policy) if self._methods is None else self._methods.start(prompt_ids)
+    @property
+    def own(self) -> bool:
+        """Whether each of several answers to a prompt needs a course of its own."""
+        return self._methods is not None and self._methods.own
+
+    def steps(self, prompt_ids: Sequence[int]) -> Steps[Course]:
+        """The course of an answer, giving way between the passes of the model that it may need."""
+        return ready(Course(policy=self._policy)) if self._methods is None else self._methods.steps(prompt_ids)
 
 
 def steer(blocks: View | None, rows: Sequence[Policy | None]) -> AbstractContextManager[Any]:
