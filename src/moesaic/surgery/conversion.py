@@ -45,6 +45,8 @@ class Told:
     train: Train | None = None
     statistics: Any = None
     """A Calibration of the model, for methods that take a MoE."""
+    resume: bool = False
+    seed: int = 0
     say: Callable[[str], None] = lambda line: None
     trust_remote_code: bool = False
 
@@ -148,6 +150,10 @@ class ToMoE(Conversion):
     def other(self, models: Sequence[Dense], name: str) -> Part:
         """A tensor outside of the experts: the mean over models."""
         return mean(models, name)
+
+    def report(self, layer: int) -> dict[str, Any]:
+        """What `surgery.json` shall say of a layer's block, in plain numbers and lists."""
+        return {}
 
     def block(self, models: Sequence[Dense], layer: int) -> Iterator[tuple[str, Part]]:
         """All tensors of a layer's block under the names that they are stored by."""

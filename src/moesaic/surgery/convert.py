@@ -88,11 +88,11 @@ def _plan(method: Conversion, models: Sequence[Any], name: str, options: dict[st
             f"{FAMILY} {name} reads text of {method.needs()} domain{'s' * (method.needs() > 1)}, given {domains}: name text "
             "with --data (a file of {text, domain} lines, where it asks for several)"
         )
-    before = sum(model.table.nbytes for model in models)
+    before = sum(model.bytes_after if isinstance(model, Plan) else model.table.nbytes for model in models)
     made = None if outcome.config is None else meta(outcome.config)
     facts = [] if made is None or not any(True for _ in find(made)) else facts_of(View(made))
     return Plan(
-        FAMILY, name, options, models[0].folder, facts, [each.experts for each in facts], outcome.stock, outcome.reason, before,
+        FAMILY, name, options, models[0].source if isinstance(models[0], Plan) else models[0].folder, facts, [each.experts for each in facts], outcome.stock, outcome.reason, before,
         outcome.bytes_after, outcome.peak_bytes, {}, made,
     )  # fmt: skip
 
@@ -119,6 +119,7 @@ def convert(
     Raises BadInput for what cannot apply, before anything is written; the inputs are never touched.
     """
     began, out, options, told = time.perf_counter(), Path(out), dict(options or {}), told or Told()
+    told.resume = resume
     method = build(name, options)
     with ExitStack() as stack:
         reader = stack.enter_context(Reader("keep"))
@@ -173,10 +174,13 @@ class _Written:
         config.save_pretrained(shards.partial)
         size = shards.index()
         self._read_back(shards.partial)
-        step = {**_step(self.plan, self.models, self.told), "bytes_after": size, "blocks": []}
+        step = {**_step(self.plan, self.models, self.told), "bytes_after": size, "blocks": self._blocks()}
         write_notes(shards.partial, self.models[0].folder.name, [*history, step])
         shards.finish()
         return size
+
+    def _blocks(self) -> list[dict[str, Any]]:
+        return [{"layer": layer, "experts_after": self.method.experts, **self.method.report(layer)} for layer in self.layers]
 
     def _others(self) -> list[str]:
         tied = self.method.config.tie_word_embeddings

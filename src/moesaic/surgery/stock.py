@@ -136,11 +136,11 @@ def dense_config(moe: Any, inner: int) -> Any:
         )
     kind = "llama" if moe.model_type == "qwen2_moe" and not moe.qkv_bias else kinds[moe.model_type]
     made = AutoConfig.for_model(kind)
-    dropped = re_experts(moe.to_dict())
-    return type(made)(**{**dropped, "intermediate_size": inner})
+    fields = {"head_dim": moe.hidden_size // moe.num_attention_heads, **without_experts(moe.to_dict())}
+    return type(made)(**{**fields, "intermediate_size": inner})
 
 
-def re_experts(fields: dict[str, Any]) -> dict[str, Any]:
+def without_experts(fields: dict[str, Any]) -> dict[str, Any]:
     """Fields of a configuration that say nothing of experts or routers."""
     about = ("expert", "router", "moe", "mlp_only", "sparse_step", "topk", "qkv_bias")
     own = ("model_type", "architectures", "_name_or_path")
