@@ -91,7 +91,10 @@ def run(options: Options, progress: Callable[[str], None] = lambda text: None) -
         except MoesaicError as error:
             notes.append(f"{name} {json.dumps(chosen)} at {share:.0%}: {error}")
             continue
-        row |= {"expert_bytes": whole["expert_bytes"] - made.bytes_before + made.bytes_after}
+        row["expert_bytes"] = whole["expert_bytes"] - made.bytes_before + made.bytes_after
+        packed = [sum(block["packed_bytes"]) for block in made.blocks if "packed_bytes" in block]
+        if packed:  # rounded weights are as large as before; packed ones, which hold the same numbers, are not
+            row["expert_bytes"] = sum(packed)
         rows.append(
             {"family": entry.family, "method": entry.name, "options": chosen, "share": share, **row, "seconds": seconds,
              "stock": made.stock}
