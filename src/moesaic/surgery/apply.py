@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from moesaic.core.errors import BadInput
+from moesaic.models.reshaped.factored import fill, install
 from moesaic.surgery.layer import Change, Facts
 from moesaic.view.bank import ViewBank
 from moesaic.view.block import Block
@@ -26,7 +27,10 @@ def apply(block: Block, change: Change, facts: Facts) -> None:
     change.check(facts)
     if change.row_ids != list(range(facts.experts)) or change.matrix_RD is not None:
         refuse_tables(block, facts)
-    _bank(block, change)
+    if change.form:
+        fill(install(block.experts, change.form), change.bank)
+    else:
+        _bank(block, change)
     _router(block, change, facts)
     held, rows = len(change.keep), len(change.row_ids)
     for owner in (block.router, block.parent):

@@ -120,6 +120,8 @@ class Change:
         row_to_expert: for each router row the expert (afterwards) that it runs; None: its own, and then R = F.
         scores: what was decided by, [E], for the report; lower goes first.
         report: more of it, in plain numbers and lists.
+        form, bank: what stands for the matrices of all experts where they are factors: the form of `models/reshaped/factored.py`,
+            and its tensors by name. No experts come or go then.
     """
 
     keep: Sequence[int]
@@ -131,6 +133,8 @@ class Change:
     row_to_expert: Sequence[int] | None = None
     scores: Tensor | None = None
     report: dict[str, Any] = field(default_factory=dict)
+    form: dict[str, Any] = field(default_factory=dict)
+    bank: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def row_ids(self) -> list[int]:
@@ -163,6 +167,10 @@ class Change:
             raise ValueError(f"{facts.name}: a mix {list(self.mix_RE.shape)} of {facts.experts} router rows for {len(rows)}")
         if self.shift_R is not None and self.shift_R.shape != (len(rows),):
             raise ValueError(f"{facts.name}: a shift {list(self.shift_R.shape)} for {len(rows)} router rows")
+        if bool(self.form) != bool(self.bank) or (
+            self.form and (self.experts or list(self.keep) != list(range(facts.experts)))
+        ):
+            raise ValueError(f"{facts.name}: factors stand for all experts, and have a form")
         if not set(self.experts) <= set(range(count)):
             raise ValueError(f"{facts.name}: new experts {sorted(self.experts)} of {count}")
 

@@ -5,6 +5,7 @@ Never more than two blocks' experts are in memory: the one that is read and the 
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -12,15 +13,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from moesaic.core import registry
 from moesaic.core.errors import BadInput
 from moesaic.models.reshaped.classes import reshaped_config
+from moesaic.models.reshaped.factored import LEAF, fill, install
 from moesaic.store import Reader
+from moesaic.store.table import Table
 from moesaic.surgery.card import write_notes
 from moesaic.surgery.checkpoint import Checkpoint, all_tensors, put
-from moesaic.surgery.edited import edited
+from moesaic.surgery.edited import edited, rest
 from moesaic.surgery.layer import Change, Facts, Layer, Method
 from moesaic.surgery.layout import tensors as stored_tensors
 from moesaic.surgery.probe import Probe, probe
@@ -28,6 +31,8 @@ from moesaic.surgery.shapes import facts_of, inner_of
 from moesaic.surgery.shards import MADE, Shards, check_out, copy_files
 from moesaic.trace.calibration.store import Calibration
 from moesaic.view import View
+from moesaic.view.bank import ViewBank
+from moesaic.view.block import Block
 from moesaic.view.resize import Resized, resize
 
 LAYERWISE = ("prune", "merge", "compress", "quantize")
@@ -318,9 +323,12 @@ class _Step:
         if inner != inner_of(blank) or len(change.keep) != blank.num_experts:
             resized = resize(self.checkpoint.model, experts=len(change.keep), inner=inner)
             blank = View(resized.model)[i]
-        made = edited(self.checkpoint, i, change, blank, matrix)
-        with put(resized.model, made):
-            seen = probe(blank, made)
+        if change.form:
+            made, seen = self._factored(i, change, blank, matrix)
+        else:
+            made = edited(self.checkpoint, i, change, blank, matrix)
+            with put(resized.model, made):
+                seen = probe(blank, made)
         report = {
             "name": layer.facts.name,
             "layer": layer.facts.layer,
@@ -331,9 +339,24 @@ class _Step:
             "scores": None if change.scores is None else change.scores.double().tolist(),
             **change.report,
         }
-        notes = {"probe": seen._asdict(), "block": report, "inner": inner, "spec": _spec(change)}
+        notes = {"probe": seen._asdict(), "block": report, "inner": inner, "spec": _spec(change), "names": list(made)}
         shards.write(i + 1, self._as_stored(i, made), notes, self.checkpoint.reader)
         return resized
+
+    def _factored(self, i: int, change: Change, blank: Block, matrix: str | None) -> tuple[dict[str, Tensor], Probe]:
+        """The tensors of a block whose experts become factors, and what it says with them."""
+        prefix = self.checkpoint.matrices[i][0].rpartition(".")[0]
+        made = rest(self.checkpoint, i, change, matrix)
+        experts = copy.deepcopy(blank.experts)
+        factors = install(experts, change.form)
+        fill(factors, change.bank)
+        for name, tensor in made.items():  # biases
+            if name.startswith(prefix + "."):
+                setattr(experts, name.removeprefix(prefix + "."), nn.Parameter(tensor, requires_grad=False))
+        made |= {f"{prefix}.{LEAF}.{name}": tensor.detach().cpu() for name, tensor in all_tensors(factors).items()}
+        parent = copy.copy(blank)
+        parent.experts, parent.bank = experts, ViewBank(parent)
+        return made, probe(parent, made)
 
     def _as_stored(self, i: int, made: dict[str, Tensor]) -> list[tuple[str, Tensor]]:
         if not self.stock:  # the class that loads it has stacked experts and names of its own
@@ -350,6 +373,9 @@ class _Step:
 
     def _read_back(self, shards: Shards, probes: list[Probe]) -> None:
         """Open the written folder as any checkpoint and have every block say what it said in memory."""
+        if any(shards.notes(i + 1)["spec"].get("form") for i in range(len(probes))):
+            self._read_factors_back(shards, probes)
+            return
         with Reader("drop") as reader:
             written = Checkpoint(shards.partial, reader, reshaped=True)
             for i, expected in enumerate(probes):
@@ -357,15 +383,33 @@ class _Step:
                     names = [*written.matrices[i], *written.of_block[i]]
                     own = all_tensors(written.model)
                     found = probe(block, {name: own[name] for name in names if not own[name].is_meta})
-                if found != expected:
-                    raise BadInput(
-                        f"{shards.partial}: {block.name} read back from disk differs from the one in memory ({found} and "
-                        f"{expected}); the result is not to be trusted, and OUT was not made"
-                    )
+                self._agree(shards, block, found, expected)
                 self.progress("reading back", i + 1, len(probes))
+
+    def _read_factors_back(self, shards: Shards, probes: list[Probe]) -> None:
+        """The same where parameters are stored by their own names."""
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(shards.partial))
+        table = Table.of_folder(shards.partial)
+        with Reader("drop") as reader:
+            for i, (block, expected) in enumerate(zip(View(model), probes, strict=True)):
+                tensors = {name: reader.read(table[name]) for name in shards.notes(i + 1)["names"]}
+                with put(model, tensors):
+                    self._agree(shards, block, probe(block, tensors), expected)
+                self.progress("reading back", i + 1, len(probes))
+
+    def _agree(self, shards: Shards, block: Block, found: Probe, expected: Probe) -> None:
+        if found != expected:
+            raise BadInput(
+                f"{shards.partial}: {block.name} read back from disk differs from the one in memory ({found} and "
+                f"{expected}); the result is not to be trusted, and OUT was not made"
+            )
 
 
 def _spec(change: Change) -> dict[str, Any]:
     """What the class that loads a model of unequal blocks must know of one."""
     rows = None if change.row_to_expert is None else [int(e) for e in change.row_to_expert]
-    return {"experts": len(change.keep), "rows": len(change.row_ids), "map": rows}
+    found = {"experts": len(change.keep), "rows": len(change.row_ids), "map": rows}
+    return found | ({"form": change.form} if change.form else {})

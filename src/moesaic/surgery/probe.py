@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from moesaic.models.reshaped.factored import LEAF
 from moesaic.view.block import Block
 
 ROWS = 2
@@ -28,7 +29,10 @@ def probe(block: Block, tensors: dict[str, Tensor]) -> Probe:
     x_SD = torch.randn(ROWS * experts, width, generator=torch.Generator().manual_seed(0)).to(weight.dtype)
     hashed = hashlib.sha256()
     with torch.no_grad():
-        for e in range(experts):
+        if hasattr(block.experts, LEAF):  # factors: each expert has its own rows at weight 1
+            ids_S1 = torch.arange(experts).repeat_interleave(ROWS)[:, None]
+            hashed.update(_bytes(block.experts(x_SD, ids_S1, torch.ones(len(x_SD), 1, dtype=x_SD.dtype))))
+        for e in range(experts) if not hasattr(block.experts, LEAF) else ():
             hashed.update(_bytes(block.bank.run_one(e, x_SD[ROWS * e : ROWS * (e + 1)])[1]))
     others = hashlib.sha256()
     for name in sorted(tensors):

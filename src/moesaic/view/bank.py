@@ -196,6 +196,8 @@ class ViewBank:
 
     def _readable(self) -> None:
         down = self.experts.down_proj
+        if hasattr(self.experts, "factors"):
+            raise BadInput(f"{self.name}: its experts are held as factors, not as matrices: read `block.experts.factors`")
         if down.is_meta:
             raise BadInput(f"{self.name}: its weights are on the meta device (offloaded or not loaded); load them first")
         if down.element_size() < 2:

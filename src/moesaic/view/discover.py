@@ -56,9 +56,9 @@ def expert_parameters(model: nn.Module) -> dict[str, tuple[int, int]]:
     found = {}
     for block, place in enumerate(find(model)):
         experts: Any = place.experts
-        if not any(True for _ in experts.parameters(recurse=False)):
+        if not {"down_proj", "gate_up_proj", "up_proj"} & set(experts._parameters):
             raise BadInput(
-                f"{place.name}: its experts are a bank of a moesaic layer; packing, quantising and streaming know "
+                f"{place.name}: its experts are factors, or a bank of a moesaic layer; packing, quantising and streaming know "
                 "transformers' own layout only"
             )
         for which, matrix in enumerate(("gate_up_proj" if experts.has_gate else "up_proj", "down_proj")):

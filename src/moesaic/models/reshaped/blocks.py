@@ -12,12 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from moesaic.core.errors import BadInput
+from moesaic.models.reshaped.factored import install
 from moesaic.view.discover import Found, find
 from moesaic.view.resize import resize
 
 
 def reshape(model: Any, blocks: dict[str, dict[str, Any]]) -> None:
-    """`blocks`: name of each MoE block -> experts, rows, map (None: row r runs expert r). Raises BadInput."""
+    """`blocks`: name of each MoE block -> experts, rows, map (None: row r runs expert r), form of factors. Raises BadInput."""
     found = {block.name: block for block in find(model)}
     for name in blocks:
         if name not in found:
@@ -47,6 +48,8 @@ def reshape(model: Any, blocks: dict[str, dict[str, Any]]) -> None:
         for module in new.modules():
             if hasattr(module, "config"):
                 module.config = model.config  # it names the implementation of experts that is asked for
+        if spec.get("form") is not None:
+            install(_experts(new), spec["form"])
         if spec.get("map") is not None:
             _share(_experts(new), [int(e) for e in spec["map"]], rows, experts)
 

@@ -1,0 +1,105 @@
+"""MC-SMoE's compression: a low-rank product plus the rows of the residual that matter most."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moesaic.core.errors import BadInput
+from moesaic.core.registry import register
+from moesaic.surgery.factored import SIDES, Factored, Split, low_rank, stacked, upright
+from moesaic.surgery.layer import Facts, Layer
+
+
+@register(
+    "compress",
+    "mc_smoe",
+    paper="2310.01334",
+    card="surgery-and-steering.md#merge-then-compress-mc-smoe",
+    exact=False,
+    needs={"B"},
+)
+class McSmoe(Factored):
+    """W = L R + S: L R the best rank-r approximation, r = ceil(rho B A / (B + A)); of S the rows of largest importance stay,
+    by one threshold over all layers (an expert can lose all of its rows).
+
+    Published, S is pruned while it trains, its importance a moving mean of |S dL/dS| by rows and the share that stays
+    following `cubic`. Here it is pruned at once: dL/dS is dL/dW, so a row's importance is the mean of |S| times the root of
+    the Fisher information of W (tier B), without the recovery training.
+
+    Args:
+        keep: share of the experts' bytes that stays: rho of them factors, the others rows.
+        store: "factors" (smaller, needs `import moesaic`) or "dense" (multiplied out: stock, and no smaller).
+        rho: share of the parameters that factors take; no more than `keep`.
+    """
+
+    def __init__(self, keep: float = 0.5, store: str = "factors", rho: float = 0.15) -> None:
+        super().__init__(keep, store)
+        if not 0 <= rho <= 1:
+            raise BadInput(f"rho {rho}: a share from 0 to 1")
+        self.rho = min(rho, self.keep)
+
+    def rank(self, outputs: int, inputs: int) -> int:
+        most = self.keep * outputs * inputs / (outputs + inputs)
+        return min(math.ceil(self.rho * outputs * inputs / (outputs + inputs)), int(most + 1e-9))
+
+    def parts(self, layer: Layer, e: int, side: str) -> tuple[tuple[Tensor, Tensor], Tensor, Tensor]:
+        """Factors, residual [B, A], and the importance of its rows [B]."""
+        own_BA = upright(layer, e, side)
+        left, right = low_rank(own_BA, self.rank(*own_BA.shape))
+        residual_BA = own_BA - left.T @ right
+        sequences = layer.statistics["sequence_count"].clamp(min=1).float()
+        gradient_BA = (stacked(layer, e, side, "fisher") / sequences).sqrt()
+        return (left, right), residual_BA, (residual_BA.abs() * gradient_BA).mean(1)
+
+    def look(self, layer: Layer) -> Any:
+        """Of each side: importance of all rows [E, B], and what a row takes."""
+        if self.keep == 1:
+            return None
+        found = {}
+        for side in SIDES:
+            scores_EB = torch.stack([self.parts(layer, e, side)[2] for e in range(layer.facts.experts)])
+            B, A = upright(layer, 0, side).shape
+            found[side] = scores_EB, A, self.keep * B * A - self.rank(B, A) * (B + A)
+        return found
+
+    def decide(self, looks: Sequence[Any], blocks: Sequence[Facts]) -> list[Any]:
+        """Which rows stay: from the most important of the whole model on, until the bytes are spent."""
+        if self.keep == 1:
+            return list(looks)
+        room = sum(len(scores_EB) * left for look in looks for scores_EB, _, left in look.values())
+        score = torch.cat([scores_EB.flatten() for look in looks for scores_EB, _, _ in look.values()])
+        cost = torch.cat([torch.full((scores_EB.numel(),), A + 2.0) for look in looks for scores_EB, A, _ in look.values()])
+        order = torch.argsort(score, descending=True, stable=True)
+        stays = torch.zeros(len(score), dtype=torch.bool)
+        stays[order] = cost[order].double().cumsum(0) <= room
+        found, at = [], 0
+        for look in looks:
+            mine = {}
+            for side, (scores_EB, _, _) in look.items():
+                mine[side] = stays[at : at + scores_EB.numel()].view(scores_EB.shape)
+                at += scores_EB.numel()
+            found.append(mine)
+        return found
+
+    def split(self, layer: Layer, side: str, decision: Any) -> Split:
+        found = Split()
+        for e in range(layer.facts.experts):
+            factors, residual_BA, _ = self.parts(layer, e, side)
+            index_N = torch.nonzero(decision[side][e]).flatten()
+            found.add(factors)
+            found.rows.append((index_N, residual_BA[index_N]))
+        return found
+
+
+def cubic(step: int, steps: int, final: float, warm_up: int = 100, cool_down: int = 400) -> float:
+    """The share of rows that is kept at a step of training: 1 up to `warm_up`, then down, `final` from `steps - cool_down` on."""
+    if step < warm_up:
+        return 1.0
+    if step >= steps - cool_down:
+        return final
+    return final + (1 - final) * (1 - (step - warm_up) / (steps - warm_up - cool_down)) ** 3
