@@ -61,6 +61,86 @@ def test_references_then_run(tiny_moe, tmp_path):
     assert steered["steer_notes"]["c3po_neighbours"] >= 1
 
 
+def lines(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def test_sdm_then_run(tiny_moe, tmp_path):
+    """Two kinds of text, told apart by their last words; the store says so of a prompt, and what is far is not answered."""
+    words = ("scores", "keeps", "has", "is", "and", "routes", "of", "the", "an", "expert")
+    rows = [
+        {"text": f"{a} {b} {end}", "label": name}
+        for a in words for b in words for end, name in ((":::::", "colons"), ("=====", "equals"))
+    ]  # fmt: skip
+    store = tmp_path / "sdm.safetensors"
+    data = lines(tmp_path / "d.jsonl", rows)
+    options = ["--splits", "2", "--epochs", "40", "--lr", "1e-2", "--alpha", "0.6", "--json"]
+    made = called(["sdm", str(tiny_moe), "--data", data, "-o", str(store), *options])
+    assert made["classes"] == {"colons": 100, "equals": 100} and made["held_out"] == 50
+    assert made["can_admit"] and made["accuracy"] > 0.9 and 0 < made["coverage"] <= 1 and made["admitted_accuracy"] > 0.9
+    common = ["--max-new-tokens", "4", "--temperature", "0", "--no-page", "--json", "--steer", f"sdm:store={store}"]
+    near = [called([str(tiny_moe), f"{a} is =====", *common], run_app) for a in ("scores", "has", "the")]
+    far = called([str(tiny_moe), "нейронные", *common], run_app)
+    assert [one["steer_notes"]["sdm"]["class"] for one in near].count("equals") >= 2
+    assert far["steer_notes"]["sdm"]["admitted"] is False and far["tokens"] == 0 and far["stopped"] == "abstained"
+
+
+def test_sdm_of_right_and_wrong_answers(tiny_moe, tmp_path):
+    rows = [{"prompt": f"the router {i}", "answer": "ab"[i % 2], "choices": ["a", "b"]} for i in range(40)]
+    made = called(
+        [
+            "sdm",
+            str(tiny_moe),
+            "--data",
+            lines(tmp_path / "q.jsonl", rows),
+            "-o",
+            str(tmp_path / "s"),
+            "--splits",
+            "1",
+            "--json",
+        ]
+    )
+    assert set(made["classes"]) == {"right", "wrong"} and sum(made["classes"].values()) == 40
+
+
+def test_mogu_then_run(tiny_moe, tmp_path):
+    (tmp_path / "good.txt").write_text("".join(f"the router {i}\n" for i in range(8)))
+    bad = [{"prompt": f"break it {i}", "affirm": "yes", "reject": "no, no"} for i in range(8)]
+    adapter = tmp_path / "mogu.safetensors"
+    files = ["--harmless", str(tmp_path / "good.txt"), "--risky", lines(tmp_path / "bad.jsonl", bad), "-o", str(adapter)]
+    options = ["--epochs", "3", "--gate-epochs", "12", "--lr", "1e-2", "--gate-lr", "1e-2", "--json"]
+    made = called(["mogu", str(tiny_moe), *files, *options])
+    assert made["rows"] == {"harmless": 6, "risky": 6} and made["held_out"] == {"harmless": 2, "risky": 2}
+    assert all(last < first for first, last in made["losses"].values()), made["losses"]
+    assert made["auc"] > 0.9 and made["reject_mixed"] < made["reject_base"]
+    common = [str(tiny_moe), "break it 9", "--max-new-tokens", "8", "--temperature", "0", "--no-page", "--json"]
+    plain, steered = called(common, run_app), called([*common, "--steer", f"mogu:adapter={adapter}"], run_app)
+    assert steered["tokens"] == plain["tokens"] and steered["text"] != plain["text"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "row", "message"),
+    [
+        (["sdm", "--data", "FILE"], {"text": "a"}, "FILE:1: a row is"),
+        (["sdm", "--data", "FILE"], {"text": "a", "label": "x"}, "every row is 'x'"),
+        (["sdm", "--data", "FILE", "--alpha", "0.4"], {}, "--alpha 0.4"),
+        (["sdm", "--data", "FILE"], [{"text": "a", "label": "x"}, {"prompt": "a", "answer": "b"}], "FILE:2: a row is"),
+        (["sdm", "--data", "FILE"], [{"text": "a", "label": "x"}, {"text": "a", "label": "y"}], "class 'x' has 1 rows"),
+        (["mogu", "--harmless", "FILE", "--risky", "FILE"], {"prompt": "a", "reject": 3}, "FILE:1: a row is"),
+        (["mogu", "--harmless", "FILE", "--risky", "FILE"], {"prompt": "a"}, "give more"),
+        (["mogu", "--harmless", "FILE", "--risky", "/none.jsonl"], {"prompt": "a"}, "--risky /none.jsonl: No such file"),
+        (["mogu", "--harmless", "FILE", "--risky", "FILE", "--lr", "0"], {"prompt": "a"}, "--lr 0"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_learnt_is_named(tiny_moe, arguments, row, message, tmp_path):
+    file = lines(tmp_path / "FILE.jsonl", row if isinstance(row, list) else [row])
+    name, *rest = [file if word == "FILE" else word for word in arguments]
+    with pytest.raises(BadInput, match=message.replace("FILE", "FILE.jsonl")):
+        called([name, str(tiny_moe), *rest, "-o", str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

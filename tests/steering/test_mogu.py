@@ -11,7 +11,7 @@ import torch
 from moesaic.core.errors import BadInput
 from moesaic.steering import bound, write
 from moesaic.steering.mogu import Mogu
-from moesaic.steering.mogu_adapter import MoguAdapter, projections, train_gates, train_lora
+from moesaic.steering.mogu_adapter import MoguAdapter, measure, projections, train_gates, train_lora
 
 
 @pytest.fixture
@@ -33,8 +33,7 @@ def logits(model, ids):
 def test_each_variant_is_its_merged_lora(mixtral, adapter, ids):
     plain = logits(mixtral, ids)
     for fixed, kind in (((1.0, 0.0), "safe"), ((0.0, 1.0), "usable")):
-        adapter.fixed = fixed
-        with adapter.attached(mixtral):
+        with adapter.attached(mixtral), adapter.gated(*fixed):
             mixed = logits(mixtral, ids)
         kept = [(p, p.weight.data.clone()) for _, p in projections(mixtral)]
         for (p, _), layer in zip(kept, adapter.layers, strict=True):
@@ -51,11 +50,9 @@ def test_base_and_scale(mixtral, ids):
     """Zero LoRAs: a + b = 1 is the model bit for bit; another sum scales o_proj, bias and all."""
     adapter = MoguAdapter(mixtral).eval()
     plain = logits(mixtral, ids)
-    adapter.fixed = (0.25, 0.75)
-    with adapter.attached(mixtral):
+    with adapter.attached(mixtral), adapter.gated(0.25, 0.75):
         assert torch.equal(logits(mixtral, ids), plain)
-    adapter.fixed = (1.0, 1.0)
-    with adapter.attached(mixtral):
+    with adapter.attached(mixtral), adapter.gated(1.0, 1.0):
         doubled = logits(mixtral, ids)
     for _, p in projections(mixtral):
         p.weight.data *= 2
@@ -73,6 +70,7 @@ def test_what_learns_in_each_stage(mixtral, adapter, ids):
     now = {name for name, value in adapter.state_dict().items() if not torch.equal(value, before[name])}
     assert now - moved and all(".safe." in name for name in now - moved)
     assert all(torch.equal(value, weights[name]) for name, value in mixtral.state_dict().items())
+    assert all(p.requires_grad and p.grad is None for p in mixtral.parameters()), "the model is as it was, gradients too"
 
 
 def test_after_the_prefix_the_model_writes_on_by_itself(mixtral, adapter, ids):
@@ -118,14 +116,6 @@ def test_gates_tell_prompts_apart(bundled):
     adapter = MoguAdapter(model, dropout=0.0)
     losses = train_gates(model, adapter, harmless, risky, epochs=12, accumulate=4, lr=1e-3)
     assert losses[-1] < losses[0]
-    scores = []
-    adapter.watching = True
-    with adapter.attached(model):
-        for texts in (prose[4:], code[4:]):
-            found = []
-            for text in texts:
-                adapter.seen.clear()
-                logits(model, torch.tensor([ids(text)]))
-                found.append(float(torch.stack([a.mean() for a, _ in adapter.seen]).mean()))
-            scores.append(torch.tensor(found))
-    assert (scores[1][:, None] > scores[0][None]).float().mean() > 0.95
+    found = measure(model, adapter, *([(ids(text), ids("Yes"), ids("No")) for text in texts[4:]] for texts in (prose, code)))
+    assert found["auc"] > 0.95
+    assert found["a_risky"] > found["a_harmless"]

@@ -17,7 +17,7 @@ COMMANDS = {
     "unlearn": "make a model forget a text by editing one expert",
     "edit": "compressed, null or zero-computation experts in a trained model, and other edits",
     "retrofit": "put another router into a trained model, and fine-tune it",
-    "steer": "find the experts of a behaviour, build reference stores",
+    "steer": "what steering methods need: maps of behaviours, references, stores, adapters",
     "surgery": "several steps of surgery on a checkpoint, by a recipe",
     "fit": "which of pruning, rounding and streaming makes a model fit, measured",
     "prune": "fewer experts, chosen by what a text showed",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
@@ -97,18 +98,20 @@ class Session:
             return generate(self.model, self.tokenizer, prompt_ids, self.sampling, self._write)
         from moesaic.steering.generate import write
 
-        recorder = self.recorder
+        recorder, refused = self.recorder, []  # type: ignore[var-annotated]
 
         def courses(found: list[Any]) -> None:
             if recorder is not None:
                 recorder.clear()  # the text so far is read again
                 recorder.passes = 1 + len(found[0].beside)
             self.notes.update(found[0].notes)
-            if found[0].refused is not None:
-                self.out.print(f"[yellow]no answer: {escape(found[0].refused)}[/yellow]")
+            refused.extend(course.refused for course in found if course.refused is not None)
 
         call = partial(write, self.model, steer=self.steering, on_course=courses)
-        return generate(self.model, self.tokenizer, prompt_ids, self.sampling, self._write, call)
+        turn = generate(self.model, self.tokenizer, prompt_ids, self.sampling, self._write, call)
+        if refused:
+            self.out.print(f"[yellow]no answer: {escape(refused[0])}[/yellow]")
+        return replace(turn, stopped="abstained") if refused else turn
 
     def _write(self, text: str) -> None:
         if self.stream is not None:

@@ -11,9 +11,16 @@ from rich.table import Table
 
 from moesaic.cli.common import Debug, Json, console, emit
 from moesaic.cli.options import ChosenThreads, Dtype, Model, TrustRemoteCode, use_threads
+from moesaic.cli.steer_mogu import mogu
+from moesaic.cli.steer_rows import QUESTION, is_question, json_rows, question_ids
+from moesaic.cli.steer_sdm import sdm
 from moesaic.core.errors import BadInput
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, no_args_is_help=True, help=__doc__)
+
+
+app.command("sdm")(sdm)
+app.command("mogu")(mogu)
 
 
 @app.callback()
@@ -131,16 +138,11 @@ def references(
     from moesaic.view import view
 
     check_writable(out)
-    given = _questions(data, max_prompts)
+    given = json_rows(data, "--data", max_prompts, {QUESTION: is_question})
     use_threads(threads)
     live = open_model(model, dtype, trust_remote_code=trust_remote_code)
 
-    def ids(text: str, start: bool) -> list[int]:
-        return list(live.tokenizer(text, add_special_tokens=start)["input_ids"])
-
-    rows = [
-        (ids(row["prompt"], True), ids(row["answer"], False), [ids(c, False) for c in row.get("choices", ())]) for row in given
-    ]
+    rows = [question_ids(live.tokenizer, row) for row in given]
     rows = [row for row in rows if 0 < len(row[0]) <= max_tokens and row[1] and all(row[2])]
     made = collect(live.model, view(live.model), rows, model)
     written = made.write(out)
@@ -149,29 +151,6 @@ def references(
         emit(result)
     else:
         console.print(f"{len(made)} of {len(rows)} answered rightly; store: {written}", highlight=False)
-
-
-def _questions(path: Path, most: int) -> list[dict[str, Any]]:
-    """Rows of {prompt, answer, choices?}. Raises BadInput naming the line that is none."""
-    import json
-
-    try:
-        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()][:most]
-    except (OSError, UnicodeDecodeError) as error:
-        raise BadInput(f"--data {path}: {getattr(error, 'strerror', None) or 'not UTF-8 text'}") from error
-    rows = []
-    for number, line in enumerate(lines, 1):
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise BadInput(f"{path}:{number}: not a JSON line ({error.msg})") from error
-        fits = isinstance(row, dict) and isinstance(row.get("prompt"), str) and isinstance(row.get("answer"), str)
-        if not fits or not isinstance(row.get("choices", []), list):
-            raise BadInput(f'{path}:{number}: a row is {{"prompt": text, "answer": text}}, with a list of choices or without')
-        rows.append(row)
-    if not rows:
-        raise BadInput(f"{path}: no rows in it")
-    return rows
 
 
 def prompts(path: Path, most: int) -> list[str]:

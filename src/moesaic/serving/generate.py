@@ -12,7 +12,7 @@ import torch
 from moesaic.core.errors import BadInput
 from moesaic.serving.stream import Streamer
 
-Stop = Literal["end of text", "max new tokens", "context full", "interrupted"]
+Stop = Literal["end of text", "max new tokens", "context full", "interrupted", "abstained"]
 
 
 @dataclass(frozen=True)

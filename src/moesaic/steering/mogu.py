@@ -34,8 +34,7 @@ class Mogu(Steer):
 
     def check(self) -> None:
         self.adapter = self.given if isinstance(self.given, MoguAdapter) else MoguAdapter.read(self.given, self.model)
-        with self.adapter.attached(self.model):
-            pass
+        self.adapter.check(self.model)
 
     def start(self, prompt_ids: Sequence[int]) -> Course:
         return Course(around=lambda: self.adapter.attached(self.model), tokens=self.tokens, then=lambda ids: ready(Course()))

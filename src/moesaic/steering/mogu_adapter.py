@@ -7,6 +7,7 @@ own: they need not sum to 1.
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -70,33 +71,59 @@ class MoguAdapter(nn.Module):
         found = projections(model)
         self.names, self.options = [name for name, _ in found], {"rank": rank, "alpha": alpha, "dropout": dropout}
         self.layers = nn.ModuleList(Mix(p.in_features, p.out_features, rank, alpha, dropout) for _, p in found)
-        self.fixed: tuple[float, float] | None = None
-        """(a, b) instead of the gates: (1, 0) is the safe variant, (0, 1) the usable one."""
-        self.seen: list[tuple[Tensor, Tensor]] = []
-        """The gates of the last pass, layer by layer, while `watching`."""
-        self.watching = False
+        self._fixed: tuple[float, float] | None = None
+        self._seen: list[tuple[Tensor, Tensor]] | None = None
+
+    @contextmanager
+    def gated(self, a: float, b: float) -> Iterator[None]:
+        """Inside the block these numbers stand for the gates: (1, 0) is the safe variant, (0, 1) the usable one."""
+        self._fixed = a, b
+        try:
+            yield
+        finally:
+            self._fixed = None
+
+    @contextmanager
+    def watched(self) -> Iterator[list[tuple[Tensor, Tensor]]]:
+        """Inside the block the gates a and b of every pass, [B, N, 1], layer by layer, are added to the list."""
+        self._seen = []
+        try:
+            yield self._seen
+        finally:
+            self._seen = None
+
+    def check(self, model: nn.Module) -> list[Any]:
+        """The model's projections. Raises BadInput where the adapter is for another model."""
+        found = projections(model)
+        mixes: list[Any] = list(self.layers)
+        sizes = [(layer.safe.down.shape[1], layer.safe.up.shape[0]) for layer in mixes]
+        if [name for name, _ in found] != self.names or [(p.in_features, p.out_features) for _, p in found] != sizes:
+            raise BadInput(f"mogu: the adapter is for {len(self.names)} projections of another model")
+        return [p for _, p in found]
 
     @contextmanager
     def attached(self, model: nn.Module) -> Iterator[MoguAdapter]:
-        found = projections(model)
-        if [name for name, _ in found] != self.names:
-            raise BadInput(f"mogu: the adapter is for {len(self.names)} projections of another model")
-        handles = [p.register_forward_hook(self._hook(layer)) for (_, p), layer in zip(found, self.layers, strict=True)]
+        """Inside the block the model's calls in this thread are the mixture's."""
+        own = threading.get_ident()
+        found = self.check(model)
+        handles = [p.register_forward_hook(self._hook(layer, own)) for p, layer in zip(found, self.layers, strict=True)]
         try:
             yield self
         finally:
             for handle in handles:
                 handle.remove()
 
-    def _hook(self, layer: Any) -> Callable[..., Tensor]:
-        def mix(module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
+    def _hook(self, layer: Any, own: int) -> Callable[..., Tensor | None]:
+        def mix(module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> Tensor | None:
+            if threading.get_ident() != own:
+                return None
             h = args[0]
-            if self.fixed is None:
+            if self._fixed is None:
                 a, b = layer.gates(h)
-                if self.watching:
-                    self.seen.append((a, b))
+                if self._seen is not None:
+                    self._seen.append((a, b))
             else:
-                a, b = (torch.full((), value) for value in self.fixed)
+                a, b = (torch.full((), value) for value in self._fixed)
             a, b = a.to(out), b.to(out)
             return (a + b) * out + a * layer.safe(h) + b * layer.usable(h)
 
@@ -139,9 +166,10 @@ Row = tuple[Sequence[int], Sequence[int], Sequence[int]]
 
 def answer_loss(model: Any, prompt: Sequence[int], answer: Sequence[int]) -> Tensor:
     """Mean cross-entropy of the answer's tokens."""
-    given = torch.tensor([[*prompt, *answer[:-1]]])
+    device = model.get_input_embeddings().weight.device
+    given = torch.tensor([[*prompt, *answer[:-1]]], device=device)
     logits_AV = model(input_ids=given, use_cache=False).logits[0, len(prompt) - 1 :]
-    return nn.functional.cross_entropy(logits_AV.float(), torch.tensor(list(answer)))
+    return nn.functional.cross_entropy(logits_AV.float(), torch.tensor(list(answer), device=device))
 
 
 def train_lora(
@@ -149,14 +177,12 @@ def train_lora(
     seed: int = 0,
 ) -> list[float]:  # fmt: skip
     """Stage 1. "usable" on risky instructions lowers L_affirm / L_reject, "safe" on harmless ones L_reject / L_affirm; AdamW.
-    Returns the mean ratio of each epoch."""
-    frozen(model)
+    Returns the mean ratio of each batch."""
     learn = [p for layer in adapter.layers for p in getattr(layer, kind).parameters()]
     optimiser = torch.optim.AdamW(learn, lr=lr)
-    adapter.fixed = (1.0, 0.0) if kind == "safe" else (0.0, 1.0)
     history = []
     adapter.train()
-    with adapter.attached(model):
+    with _learning(model, adapter, learn), adapter.gated(float(kind == "safe"), float(kind == "usable")):
         for at in _batches(rows, epochs, batch, seed):
             ratios = []
             for prompt, affirm, reject in at:
@@ -167,7 +193,6 @@ def train_lora(
             loss.backward()
             optimiser.step()
             history.append(float(loss.detach()))
-    adapter.fixed = None
     adapter.eval()
     return history
 
@@ -177,23 +202,20 @@ def train_gates(
     accumulate: int = 16, weight: float = 2.0, seed: int = 0,
 ) -> list[float]:  # fmt: skip
     """Stage 2, gates only: LM loss plus `weight` times the squared distance of every a and b from 0 and 1 (harmless) or 1 and 0
-    (risky). A harmless instruction's answer is the affirmative one, a risky one's the rejecting one."""
-    frozen(model)
-    for layer in adapter.layers:
-        layer.safe.requires_grad_(False)
-        layer.usable.requires_grad_(False)
-    learn = [p for p in adapter.parameters() if p.requires_grad]
+    (risky). A harmless instruction's answer is the affirmative one, a risky one's the rejecting one. Returns the mean loss of
+    each step."""
+    mixes: list[Any] = list(adapter.layers)
+    learn = [p for mix in mixes for gate in (mix.gate_safe, mix.gate_usable) for p in gate.parameters()]
     optimiser = torch.optim.AdamW(learn, lr=lr)
     rows = [(row, False) for row in harmless] + [(row, True) for row in risky]
     history = []
-    adapter.watching = True
-    with adapter.attached(model):
+    with _learning(model, adapter, learn), adapter.watched() as seen:
         for at in _batches(rows, epochs, accumulate, seed):
             total = 0.0
             for (prompt, affirm, reject), is_risky in at:
-                adapter.seen.clear()
+                seen.clear()
                 loss = answer_loss(model, prompt, reject if is_risky else affirm)
-                a, b = (torch.stack([gates[i].mean((0, 2)) for gates in adapter.seen]) for i in (0, 1))
+                a, b = (torch.stack([gates[i].mean((0, 2)) for gates in seen]) for i in (0, 1))
                 target = float(is_risky)
                 loss = loss + weight * ((a - target).square().mean() + (b - (1 - target)).square().mean())
                 (loss / len(at)).backward()
@@ -201,16 +223,45 @@ def train_gates(
             optimiser.step()
             optimiser.zero_grad()
             history.append(total)
-    adapter.watching = False
-    adapter.seen.clear()
-    for layer in adapter.layers:
-        layer.requires_grad_(True)
     return history
 
 
-def frozen(model: nn.Module) -> None:
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
+@torch.no_grad()
+def measure(model: Any, adapter: MoguAdapter, harmless: Sequence[Row], risky: Sequence[Row]) -> dict[str, float]:
+    """On rows that taught nothing: the mean gates of each kind, how well a tells them apart (AUC), and the loss of affirmative
+    answers to harmless prompts and of rejections of risky ones, without and with the mixture."""
+    found: dict[str, float] = {}
+    kinds = (("harmless", "loss", harmless, 1), ("risky", "reject", risky, 2))
+    for _, word, rows, answer in kinds:
+        found[f"{word}_base"] = sum(float(answer_loss(model, row[0], row[answer])) for row in rows) / len(rows)
+    a_of: dict[str, Tensor] = {}
+    with adapter.attached(model), adapter.watched() as seen:
+        for name, word, rows, answer in kinds:
+            losses, gates = [], []
+            for row in rows:
+                seen.clear()
+                losses.append(float(answer_loss(model, row[0], row[answer])))
+                gates.append(torch.tensor([[float(part.mean()) for part in pair] for pair in seen]).mean(0))
+            a_of[name], b = torch.stack(gates).unbind(1)
+            found |= {f"{word}_mixed": sum(losses) / len(losses), f"a_{name}": float(a_of[name].mean())}
+            found[f"b_{name}"] = float(b.mean())
+    apart = a_of["risky"][:, None] - a_of["harmless"][None]
+    return {**found, "auc": float((apart > 0).double().mean() + (apart == 0).double().mean() / 2)}
+
+
+@contextmanager
+def _learning(model: Any, adapter: MoguAdapter, learn: Sequence[nn.Parameter]) -> Iterator[None]:
+    """The adapter attached, with gradients for `learn` alone; what had gradients before has them again afterwards."""
+    everything = [*model.parameters(), *adapter.parameters()]
+    before, wanted = [p.requires_grad for p in everything], {id(p) for p in learn}
+    for parameter in everything:
+        parameter.requires_grad_(id(parameter) in wanted)
+    try:
+        with torch.enable_grad(), adapter.attached(model):
+            yield
+    finally:
+        for parameter, own in zip(everything, before, strict=True):
+            parameter.requires_grad_(own)
 
 
 def _batches(rows: Sequence[Any], epochs: int, size: int, seed: int) -> Iterator[list[Any]]:

@@ -300,3 +300,24 @@ def calibrate(
     deviation_C = (floors_JC - floors_JC.median(0).values).abs().median(0).values
     best.offset_C = deviation_C * math.tan(math.pi * (alpha - 0.5))
     return best
+
+
+@torch.no_grad()
+def measure(rule: Calibrated, x_mD: Tensor, label_m: Tensor) -> dict[str, float | bool | None]:
+    """Accuracy on all points; coverage, and accuracy of what is admitted (None where nothing is); the same where the softmax
+    of the adaptor's logits must reach alpha instead."""
+    verdict = rule.judge(x_mD)
+    right_m = verdict.predicted_m == label_m
+    sure_m = rule.fitted.net(x_mD)[1].softmax(-1).amax(-1) >= rule.alpha
+
+    def among(chosen_m: Tensor) -> float | None:
+        return float(right_m[chosen_m].float().mean()) if chosen_m.any() else None
+
+    return {
+        "accuracy": float(right_m.float().mean()),
+        "coverage": float(verdict.admitted_m.float().mean()),
+        "admitted_accuracy": among(verdict.admitted_m),
+        "softmax_coverage": float(sure_m.float().mean()),
+        "softmax_accuracy": among(sure_m),
+        "can_admit": rule.least < float("inf"),
+    }
