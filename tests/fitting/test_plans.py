@@ -31,7 +31,8 @@ def test_without_a_text_nothing_lossy_is_thought_of_and_nothing_fits_in_nothing(
 def test_fewer_experts_than_the_router_chooses_are_no_plan():
     greedy = Model([facts._replace(top_k=5) for facts in FACTS], 4 * MB, COUNTS)
     kept = {each.keep for each in candidates(greedy, MACHINE, 64 * MB) if each.method}
-    assert kept == {0.75}
+    assert kept == {0.75, 0.5, 0.25}
+    assert {each.keep for each in candidates(greedy, MACHINE, 64 * MB) if each.method.startswith(("prune", "merge"))} == {0.75}
 
 
 def test_hits_are_the_share_of_the_most_used_experts():
@@ -47,7 +48,7 @@ def test_every_exact_plan_and_one_of_each_method_are_tried():
     tried = promising(candidates(MODEL, MACHINE, 12 * MB), 5)
     assert len(tried) == 5
     assert any(each.exact for each in tried)
-    assert {each.method for each in tried} == {"", "prune reap", "merge m_smoe"}
+    assert {each.method for each in tried} >= {"", "prune reap", "compress neurons"}
 
 
 def row(speed, bits, exact=False, memory=10):

@@ -39,7 +39,7 @@ class Candidate:
     """One way. `keep`: share of experts that stay; `bits`: of their weights; `resident`: share of expert bytes in memory."""
 
     method: str = ""
-    """"" keeps all experts; else "prune reap" or "merge m_smoe"."""
+    """"" keeps all experts; else "prune reap", "merge m_smoe" or "compress neurons"."""
     keep: float = 1.0
     bits: float = 16
     resident: float = 1.0
@@ -89,6 +89,7 @@ def candidates(model: Model, machine: Machine, memory: int, lossy: bool = True) 
             if all(max(f.least, 1) <= round(f.experts * keep) and round(f.experts * keep) % f.groups == 0 for f in model.facts):
                 ways += [("prune reap", keep, bits) for bits in (16, 8, 4)]
                 ways += [("merge m_smoe", keep, 16)]
+            ways += [("compress neurons", keep, bits) for bits in (16, 4)]
     found = []
     for method, keep, bits in ways:
         size = round(model.expert_bytes * keep * (bits + (SCALE_BITS if bits < 16 else 0)) / 16)
@@ -104,6 +105,8 @@ def candidates(model: Model, machine: Machine, memory: int, lossy: bool = True) 
 def predict(model: Model, machine: Machine, plan: Candidate) -> float:
     """Tokens per second of decoding at batch 1."""
     width = (plan.bits + (SCALE_BITS if plan.bits < 16 else 0)) / 16
+    if plan.method == "compress neurons":  # every expert is smaller, also those that run
+        width *= plan.keep
     active = sum(f.top_k * f.expert_bytes for f in model.facts) * width
     missed = 0.0
     if plan.resident < 1:
@@ -116,7 +119,7 @@ def predict(model: Model, machine: Machine, plan: Candidate) -> float:
 def hits(model: Model, number: int, plan: Candidate) -> float:
     """Share of a layer's choices that fall on its most used experts, as many as the plan holds."""
     facts = model.facts[number]
-    count = round(facts.experts * plan.keep)
+    count = facts.experts if plan.method == "compress neurons" else round(facts.experts * plan.keep)
     held = plan.resident * count
     if not len(model.counts):
         return plan.resident
