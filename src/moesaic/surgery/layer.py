@@ -120,8 +120,8 @@ class Change:
         row_to_expert: for each router row the expert (afterwards) that it runs; None: its own, and then R = F.
         scores: what was decided by, [E], for the report; lower goes first.
         report: more of it, in plain numbers and lists.
-        form, bank: what stands for the matrices of all experts where they are factors: the form of `models/reshaped/factored.py`,
-            and its tensors by name. No experts come or go then.
+        form, bank: what stands for the matrices of all experts where they are factors: the form of
+            `models/reshaped/factored.py`, and its tensors by name. No experts come or go then.
     """
 
     keep: Sequence[int]

@@ -1,6 +1,7 @@
 """Experts as factors: what they compute, what is written, what each method promises."""
 
 import copy
+from itertools import pairwise
 
 import pytest
 import torch
@@ -200,5 +201,5 @@ def test_mc_smoe_keeps_the_rows_that_matter(make, ids, logits):
 def test_the_cubic_schedule_falls_from_one_to_its_end():
     shares = [cubic(step, 1000, 0.25) for step in range(1001)]
     assert shares[0] == shares[99] == 1 and shares[600] == shares[1000] == 0.25
-    assert all(a >= b for a, b in zip(shares, shares[1:], strict=False)) and cubic(350, 1000, 0.25) == pytest.approx(0.34375)
+    assert all(a >= b for a, b in pairwise(shares)) and cubic(350, 1000, 0.25) == pytest.approx(0.34375)
     assert all(cubic(step, 1000, 1.0) == 1 for step in range(0, 1001, 50))

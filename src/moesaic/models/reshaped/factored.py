@@ -49,6 +49,7 @@ class Side(nn.Module):
         self.right = nn.Parameter(torch.empty(sum(ranks), inputs, **at))
         self.base = nn.Parameter(torch.empty(outputs, inputs, **at)) if spec.get("base") else None
         self.rows: nn.Parameter | None = None
+        self.index: Tensor
         if rows:
             self.rows = nn.Parameter(torch.empty(sum(rows), inputs, **at))
             self.register_buffer("index", torch.zeros(sum(rows), dtype=torch.int32, device=at.get("device")))

@@ -97,7 +97,7 @@ class McSmoe(Factored):
 
 
 def cubic(step: int, steps: int, final: float, warm_up: int = 100, cool_down: int = 400) -> float:
-    """The share of rows that is kept at a step of training: 1 up to `warm_up`, then down, `final` from `steps - cool_down` on."""
+    """The share of rows that is kept at a step of training: 1 up to `warm_up`, `final` from `steps - cool_down` on."""
     if step < warm_up:
         return 1.0
     if step >= steps - cool_down:
