@@ -21,13 +21,15 @@ MODELS = "transformers.models.auto.modeling_auto"
 LANGUAGE = "moesaic.models.language"
 HOSTED = "moesaic.models.hosted"
 RESHAPED = "moesaic.models.reshaped"
+UPCYCLED = "moesaic.models.upcycled"
 
 
 def _register_config() -> None:
     config = importlib.import_module(f"{LANGUAGE}.config").MoesaicConfig
     retrofitted = importlib.import_module(f"{HOSTED}.classes").RetrofittedConfig
     reshaped = importlib.import_module(f"{RESHAPED}.classes").ReshapedConfig
-    for known in (config, retrofitted, reshaped):
+    upcycled = importlib.import_module(f"{UPCYCLED}.classes").UpcycledConfig
+    for known in (config, retrofitted, reshaped, upcycled):
         sys.modules[CONFIGS].AutoConfig.register(known.model_type, known, exist_ok=True)
 
 
