@@ -10,7 +10,7 @@ from moesaic.surgery.factored import Factored, Split, low_rank, upright
 from moesaic.surgery.layer import Layer
 
 
-@register("compress", "low_rank", card="surgery-and-steering.md#sub-moe-and-low-rank-relatives-baseline-note", exact=False)
+@register("compress", "low_rank", card="surgery-and-steering.md#sub-moe", exact=False)
 class LowRank(Factored):
     """W [B, A] becomes L R of rank keep B A / (B + A): the best of that rank. The baseline of the methods beside it.
 

@@ -19,7 +19,7 @@ from moesaic.surgery.layer import Facts, Layer
     "compress",
     "mc_smoe",
     paper="2310.01334",
-    card="surgery-and-steering.md#merge-then-compress-mc-smoe",
+    card="surgery-and-steering.md#merge-then-compress",
     exact=False,
     needs={"B"},
 )

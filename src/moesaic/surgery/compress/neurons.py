@@ -18,7 +18,7 @@ SCORES = ("abs", "square", "output", "norm")
 
 
 @register(
-    "compress", "neurons", card="surgery-and-steering.md#b-what-is-still-a-valid-hugging-face-checkpoint", exact=False,
+    "compress", "neurons", card="surgery-and-steering.md#b-what-is-still-a-valid", exact=False,
     needs={"R1"},
 )  # fmt: skip
 class Neurons(Method):
