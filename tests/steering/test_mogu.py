@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from collections import OrderedDict
 
 import pytest
@@ -85,15 +86,19 @@ def test_after_the_prefix_the_model_writes_on_by_itself(mixtral, adapter, ids):
 
 def test_an_adapter_goes_through_its_file(mixtral, make, adapter, ids, tmp_path):
     path = adapter.write(tmp_path / "a.safetensors")
-    again = MoguAdapter.read(path, mixtral)
+    again = MoguAdapter.read(path)
     with adapter.attached(mixtral):
         one = logits(mixtral, ids)
     with again.attached(mixtral):
         assert torch.equal(logits(mixtral, ids), one)
-    with pytest.raises(BadInput, match=r"another model|no MoGU adapter"):
-        MoguAdapter.read(path, torch.nn.Sequential(OrderedDict(o_proj=torch.nn.Linear(4, 4))))
+    with pytest.raises(BadInput, match="another model"):
+        MoguAdapter.read(path).check(torch.nn.Sequential(OrderedDict(o_proj=torch.nn.Linear(4, 4))))
     with pytest.raises(BadInput, match="no MoGU adapter"):
-        MoguAdapter.read(tmp_path / "none", mixtral)
+        MoguAdapter.read(tmp_path / "none")
+    assert Mogu(str(path)).adapter is Mogu(str(path)).adapter, "a file is read once"
+    adapter.write(path)
+    os.utime(path, ns=(1, 1))
+    assert Mogu(str(path)).adapter is not again
 
 
 @pytest.mark.slow

@@ -138,6 +138,13 @@ def test_weak_at_random(mixtral, ids):
     first = write(mixtral, ids[:1], bound(mixtral, Scmoe(2.0, 0.01, "random", seed=1)), **GREEDY)
     again = write(mixtral, ids[:1], bound(mixtral, Scmoe(2.0, 0.01, "random", seed=1)), **GREEDY)
     assert torch.equal(first, again)
+    steers = [bound(mixtral, Scmoe(2.0, 0.01, "random", seed=seed)) for seed in (1, 2)]
+    mask = torch.ones_like(ids)
+    mask[1, :3] = 0
+    both = write(mixtral, ids, steers, attention_mask=mask, **GREEDY)
+    assert torch.equal(both[0], first[0]), "neither the other row's draws nor padding matter"
+    assert torch.equal(both[1, 3:], write(mixtral, ids[1:, 3:], steers[1], **GREEDY)[0])
+    assert not torch.equal(first, write(mixtral, ids[:1], steers[1], **GREEDY))
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from moesaic.core.errors import BadInput
 from moesaic.core.registry import register
+from moesaic.steering.kept import kept
 from moesaic.steering.references import Embed, References, look
 from moesaic.steering.steer import Steer
 from moesaic.view import Policy
@@ -71,7 +72,7 @@ class C3po(Steer):
             raise BadInput(f"c3po: layers {layers}, neighbours {neighbours}, steps {steps}, lr {lr}, leak {leak}: out of range")
         if alpha is not None and not 0 <= alpha <= 1:
             raise BadInput(f"c3po: alpha {alpha}: from 0 (the neighbours') to 1 (unchanged)")
-        self.store = store if isinstance(store, References) else References.read(store)
+        self.store = store if isinstance(store, References) else kept(References.read, store)
         self.how, self.layers, self.core, self.neighbours, self.alpha = how, layers, core, neighbours, alpha
         self.count, self.lr, self.kernel, self.leak, self.decode = steps, lr, kernel, leak, decode
         self.embed: Embed | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Literal
@@ -55,9 +56,14 @@ def check(model: nn.Module, expert: int, do: str) -> list[Hecto]:
 
 @contextmanager
 def masking(model: nn.Module, expert: int, do: str = "off") -> Iterator[None]:
-    """Inside the block every Hecto layer of the model chooses without the expert, or the expert alone."""
+    """Inside the block every Hecto layer of the model, called in this thread, chooses without the expert, or the expert
+    alone."""
 
-    def mask(module: nn.Module, args: tuple, logits_BE: Tensor) -> Tensor:
+    own = threading.get_ident()
+
+    def mask(module: nn.Module, args: tuple, logits_BE: Tensor) -> Tensor | None:
+        if threading.get_ident() != own:
+            return None
         here_E = torch.arange(logits_BE.shape[-1], device=logits_BE.device) == expert
         return logits_BE.masked_fill(here_E if do == "off" else ~here_E, float("-inf"))
 

@@ -7,6 +7,7 @@ from typing import ClassVar
 
 from moesaic.core.errors import BadInput
 from moesaic.core.registry import register
+from moesaic.steering.kept import kept
 from moesaic.steering.mogu_adapter import MoguAdapter
 from moesaic.steering.steer import Steer
 from moesaic.view.course import Course, ready
@@ -30,10 +31,10 @@ class Mogu(Steer):
     def __init__(self, adapter: str | MoguAdapter, tokens: int = 5) -> None:
         if tokens < 1:
             raise BadInput(f"mogu: tokens {tokens}: at least 1")
-        self.given, self.tokens = adapter, tokens
+        self.adapter = adapter if isinstance(adapter, MoguAdapter) else kept(MoguAdapter.read, adapter)
+        self.tokens = tokens
 
     def check(self) -> None:
-        self.adapter = self.given if isinstance(self.given, MoguAdapter) else MoguAdapter.read(self.given, self.model)
         self.adapter.check(self.model)
 
     def start(self, prompt_ids: Sequence[int]) -> Course:

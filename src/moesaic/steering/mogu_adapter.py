@@ -27,6 +27,8 @@ LEAST = 1e-3
 """A loss that stands below the line of a ratio is clamped here: the ratio explodes near 0."""
 
 Kind = Literal["safe", "usable"]
+Projection = tuple[str, int, int]
+"""Name, inputs and outputs."""
 
 
 class Lora(nn.Module):
@@ -66,11 +68,15 @@ class MoguAdapter(nn.Module):
     a times the safe variant plus b times the usable one, also where a + b is not 1.
     """
 
-    def __init__(self, model: nn.Module, rank: int = 8, alpha: float = 16, dropout: float = 0.05) -> None:
+    def __init__(
+        self, model: nn.Module | Sequence[Projection], rank: int = 8, alpha: float = 16, dropout: float = 0.05
+    ) -> None:
         super().__init__()
-        found = projections(model)
-        self.names, self.options = [name for name, _ in found], {"rank": rank, "alpha": alpha, "dropout": dropout}
-        self.layers = nn.ModuleList(Mix(p.in_features, p.out_features, rank, alpha, dropout) for _, p in found)
+        found = model
+        if isinstance(found, nn.Module):
+            found = [(name, p.in_features, p.out_features) for name, p in projections(found)]
+        self.names, self.options = [name for name, _, _ in found], {"rank": rank, "alpha": alpha, "dropout": dropout}
+        self.layers = nn.ModuleList(Mix(inputs, outputs, rank, alpha, dropout) for _, inputs, outputs in found)
         self._fixed: tuple[float, float] | None = None
         self._seen: list[tuple[Tensor, Tensor]] | None = None
 
@@ -136,20 +142,19 @@ class MoguAdapter(nn.Module):
         return Path(path)
 
     @classmethod
-    def read(cls, path: str | Path, model: nn.Module) -> MoguAdapter:
-        """Raises BadInput for a file that is none, or is for another model."""
+    def read(cls, path: str | Path) -> MoguAdapter:
+        """Raises BadInput for a file that is none."""
         try:
             with safe_open(str(path), framework="pt") as file:
                 header = json.loads((file.metadata() or {})[KEY])
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            names = header.pop("names")
-            made = cls(model, **header)
-            if names != made.names:
-                raise BadInput(f"{path}: the adapter is for {len(names)} projections of another model")
+            down, up = ([tensors[f"layers.{i}.safe.{part}"] for i in range(len(header["names"]))] for part in ("down", "up"))
+            sizes = [(name, a.shape[1], b.shape[0]) for name, a, b in zip(header.pop("names"), down, up, strict=True)]
+            made = cls(sizes, **header)
             made.load_state_dict(tensors)
             return made.eval()
         except (OSError, SafetensorError, KeyError, ValueError, TypeError, RuntimeError) as error:
-            raise BadInput(f"{path}: no MoGU adapter of this model ({error})") from error
+            raise BadInput(f"{path}: no MoGU adapter ({error})") from error
 
 
 def projections(model: nn.Module) -> list[tuple[str, Any]]:

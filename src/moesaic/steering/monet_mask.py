@@ -14,6 +14,7 @@ from torch import Tensor
 from moesaic.core.errors import BadInput
 from moesaic.core.files import replacing
 from moesaic.core.registry import register
+from moesaic.steering.kept import kept
 from moesaic.steering.pairs import banks, instead, masked
 from moesaic.steering.steer import Steer
 from moesaic.view.course import Course
@@ -44,7 +45,7 @@ class MonetMask(Steer):
     ) -> None:
         if file is None and not (pairs or rows or columns):
             raise BadInput("monet_mask: give file, pairs, rows or columns")
-        self.given = None if file is None else read_masks(file)
+        self.given = None if file is None else kept(read_masks, file)
         self.pairs, self.rows, self.columns = pairs or {}, rows or {}, columns or {}
 
     def check(self) -> None:

@@ -12,6 +12,7 @@ from moesaic.core.errors import BadInput
 from moesaic.core.registry import register
 from moesaic.core.routing import Routing
 from moesaic.steering.behaviour import BehaviourMap
+from moesaic.steering.kept import kept
 from moesaic.steering.steer import ByPolicy
 from moesaic.view import Policy
 from moesaic.view.slots import empty, rescaled, token_major
@@ -50,7 +51,7 @@ class Mote(ByPolicy):
             raise BadInput(f"mote: do {do!r} is off or on; weight {weight} is 0 or more")
         given = {"off": _by_block(off, "off"), "on": _by_block(on, "on")}
         if map is not None:
-            for name, ids in BehaviourMap.read(map).top(top).items():
+            for name, ids in kept(BehaviourMap.read, map).top(top).items():
                 given[do].setdefault(name, []).extend(ids)
         self.off, self.on, self.replace, self.weight = given["off"], given["on"], replace, weight
 

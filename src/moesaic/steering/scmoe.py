@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import zlib
+from collections import Counter
 from collections.abc import Sequence
-from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -42,6 +43,7 @@ class Scmoe(Steer):
         if weak not in ("rank", "random"):
             raise BadInput(f"scmoe: weak {weak!r}: rank or random")
         self.beta, self.alpha, self.weak, self.rank, self.seed = beta, alpha, weak, rank, seed
+        self.own = weak == "random"
 
     def check(self) -> None:
         resolve(self.weaker(), self.experts())
@@ -50,7 +52,7 @@ class Scmoe(Steer):
         """The policy of the weak pass."""
         if self.weak == "rank":
             return Policy(rank=self.rank)
-        return Policy(fn=partial(one_at_random, torch.Generator().manual_seed(self.seed)))
+        return Policy(fn=OneAtRandom(self.seed))
 
     def start(self, prompt_ids: Sequence[int]) -> Course:
         return Course(beside=(self.weaker(),), mix=self.mix)
@@ -66,8 +68,17 @@ def contrast(strong_V: Tensor, weak_V: Tensor, beta: float, alpha: float) -> Ten
     return ((1 + beta) * strong - beta * weak).masked_fill(~likely, float("-inf")).to(strong_V.dtype)
 
 
-def one_at_random(generator: torch.Generator, routing: Routing, block: Any) -> Routing:
-    """One expert per token, each as likely, with the token's whole weight."""
-    _, weights_TK = token_major(routing)
-    drawn_T1 = torch.randint(block.num_experts, (routing.tokens, 1), generator=generator)
-    return routing.replace(experts_TK=drawn_T1.to(weights_TK.device), weights_TK=weights_TK.sum(1, keepdim=True))
+class OneAtRandom:
+    """One expert per token, each as likely, with the token's whole weight. What a token draws follows from the seed, the layer,
+    the number of the call and its place before the last token of its row: not from padding, nor from a batch's other rows.
+    For one answer; calls are counted."""
+
+    def __init__(self, seed: int) -> None:
+        self.seed, self.calls = seed, Counter[str]()
+
+    def __call__(self, routing: Routing, block: Any) -> Routing:
+        _, weights_TK = token_major(routing)
+        random = torch.Generator().manual_seed(zlib.crc32(f"{self.seed} {block.name} {self.calls[block.name]}".encode()))
+        self.calls[block.name] += 1
+        drawn_T1 = torch.randint(block.num_experts, (routing.tokens, 1), generator=random).flip(0)
+        return routing.replace(experts_TK=drawn_T1.to(weights_TK.device), weights_TK=weights_TK.sum(1, keepdim=True))

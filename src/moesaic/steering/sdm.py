@@ -15,6 +15,7 @@ from torch import Tensor
 from moesaic.core.errors import BadInput
 from moesaic.core.files import replacing
 from moesaic.core.registry import register
+from moesaic.steering.kept import kept
 from moesaic.steering.sdm_model import Adaptor, Calibrated, Distances, Fitted, Support
 from moesaic.steering.steer import Steer
 from moesaic.view.course import Course
@@ -39,7 +40,7 @@ class Sdm(Steer):
     files: ClassVar[frozenset[str]] = frozenset({"store"})
 
     def __init__(self, store: str, abstain: bool = True) -> None:
-        self.rule, self.names = read_store(store)
+        self.rule, self.names = kept(read_store, store)
         self.abstain = abstain
 
     def check(self) -> None:

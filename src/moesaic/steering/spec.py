@@ -13,7 +13,7 @@ from moesaic.core import registry
 from moesaic.core.errors import BadInput
 from moesaic.steering.steer import Steer, Steering
 from moesaic.view import Policy
-from moesaic.view.policy import VALUES
+from moesaic.view.policy import VALUES, by_layer
 
 Spec = str | Steer | Steering | Mapping[str, Any] | Sequence[Any] | None
 FIELDS = tuple(name for name in VALUES if name != "probs")
@@ -35,7 +35,7 @@ def steering(spec: Spec, files: Mapping[str, str] | None = None) -> Steering:
     if isinstance(spec, str):
         return Steering([_of_text(spec, files)])
     if isinstance(spec, Mapping):
-        fields = {name: _by_layer(value) for name, value in spec.items() if name != "steer" and value is not None}
+        fields = {name: by_layer(value) for name, value in spec.items() if name != "steer" and value is not None}
         unknown = [name for name in fields if name not in FIELDS]
         if unknown:
             raise BadInput(f"steer: no field {unknown[0]!r}: one of {', '.join(FIELDS)}, or steer: {{method: options}}")
@@ -57,7 +57,7 @@ def build(name: str, options: Mapping[str, Any], files: Mapping[str, str] | None
     entry = registry.get("steering", name)
     if not isinstance(options, Mapping):
         raise BadInput(f"steer {name}: options are {{name: value}}, given {options!r}")
-    given = {key: _by_layer(value) for key, value in options.items()}
+    given = {key: by_layer(value) for key, value in options.items()}
     for key in given:
         if key not in entry.parameters:
             raise BadInput(f"steer {name}: no option {key!r}; it has {', '.join(entry.parameters) or 'none'}")
@@ -107,10 +107,3 @@ def _value(text: str) -> Any:
         return json.loads(text) if text[:1] in "[{" else yaml.safe_load(text)
     except (json.JSONDecodeError, yaml.YAMLError):
         return text
-
-
-def _by_layer(value: Any) -> Any:
-    """JSON knows only strings as keys; layers are numbers."""
-    if not isinstance(value, Mapping):
-        return value
-    return {int(key) if isinstance(key, str) and key.isdecimal() else key: entry for key, entry in value.items()}

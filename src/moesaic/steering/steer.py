@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 from moesaic.core.errors import BadInput
 from moesaic.view import Policy, View
 from moesaic.view.course import Course, Steps, finish, ready, together
+from moesaic.view.policy import resolve
 
 
 class Steer:
@@ -71,6 +72,11 @@ class Steering:
     def bind(self, model: Any, blocks: View | None, tokenizer: Any = None) -> Steering:
         if self.policy is not None and blocks is None:
             raise BadInput("routing: this model is dense, it has no experts to choose from")
+        if self.policy is not None and blocks is not None:
+            try:
+                resolve(self.policy, blocks)
+            except (TypeError, ValueError, RuntimeError) as error:
+                raise BadInput(f"routing: a value of the wrong kind ({error})") from error
         self.blocks = blocks
         for method in self.methods:
             method.bind(model, blocks, tokenizer)

@@ -41,7 +41,7 @@ class Policy:
         probs: float [E], or [blocks, E]: stands in for the softmax of the logits, before top-k; may require gradients.
             Only routers that score by softmax over their experts.
         threshold: 0 to 1: slots with a smaller share of the token's weight are emptied, the others take it over.
-        fn: fn(routing, block) -> Routing or None, after all of the above.
+        fn: fn(routing, block) -> Routing or None, after all of the above; of the tokens that follow this policy.
         at: "all" tokens; or one token of each row of a call, and then `rows` has a policy per row: "last", a number (from the
             row's first token, negative from its end), or "prompt": the last one, but not where a row has only one (a step
             of decoding).
@@ -115,6 +115,13 @@ class Choice:
     def finishes(self) -> bool:
         """Whether the finished routing changes."""
         return self.threshold is not None or self.fn is not None
+
+
+def by_layer(value: Any) -> Any:
+    """A field's value as JSON or a command line gives it: they know only strings as keys; layers are numbers."""
+    if not isinstance(value, Mapping):
+        return value
+    return {int(key) if isinstance(key, str) and key.isdecimal() else key: entry for key, entry in value.items()}
 
 
 def resolve(policy: Policy | None, blocks: Sequence[Any]) -> list[Choice]:

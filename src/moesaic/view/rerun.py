@@ -140,7 +140,7 @@ class _Selection(TorchFunctionMode):
         if self.choice.allow_E is None:
             return scores_TGe
         allow_Ge = self.choice.allow_E.to(scores_TGe.device).view(groups, size)
-        nothing = scores_TGe.detach().amin().clamp(max=0)
+        nothing = scores_TGe.detach().amin((1, 2), keepdim=True).clamp(max=0)  # of the token: rows of a batch do not meet
         scores_TGe = torch.where(allow_Ge, scores_TGe, nothing)
         return scores_TGe.masked_fill(~allow_Ge.any(1, keepdim=True), float("-inf"))
 

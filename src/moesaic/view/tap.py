@@ -282,20 +282,20 @@ class Tap:
         if rows is None or not any(choices[self.index].finishes for choices in rows.choices):
             return routing
         policy_T = rows.policy_T(routing.tokens, routing.logits_TE.device)
-        results = [self._finished(choices[self.index], routing) for choices in rows.choices]
         if policy_T is None:
-            return results[0]
-        if rows.some_last:
-            results.append(routing)
-        slots = [token_major(result) for result in results]
-        width = max(ids_TK.shape[1] for ids_TK, _ in slots)
-        merged_ids, merged_weights = None, None
-        for p, (ids_TK, weights_TK) in enumerate(slots):
-            mine_T1, spare = (policy_T == p)[:, None], (0, width - ids_TK.shape[1])
-            ids_TK, weights_TK = pad(ids_TK, spare, value=-1), pad(weights_TK, spare)
-            merged_ids = ids_TK if merged_ids is None else torch.where(mine_T1, ids_TK, merged_ids)
-            merged_weights = weights_TK if merged_weights is None else torch.where(mine_T1, weights_TK, merged_weights)
-        return routing.replace(experts_TK=merged_ids, weights_TK=merged_weights)
+            return self._finished(rows.choices[0][self.index], routing)
+        ids_TK, weights_TK = token_major(routing)
+        for p, choices in enumerate(rows.choices):
+            at_t = (policy_T == p).nonzero()[:, 0]
+            if not choices[self.index].finishes or not len(at_t):
+                continue
+            # A function sees its own tokens alone: what it does with them owes nothing to the batch's others.
+            own_tK, weights_tK = token_major(self._finished(choices[self.index], _tokens(routing, at_t)))
+            width = max(ids_TK.shape[1], own_tK.shape[1])
+            ids_TK, own_tK = (pad(ids, (0, width - ids.shape[1]), value=-1) for ids in (ids_TK, own_tK))
+            weights_TK, weights_tK = (pad(part, (0, width - part.shape[1])) for part in (weights_TK, weights_tK))
+            ids_TK, weights_TK = ids_TK.index_copy(0, at_t, own_tK), weights_TK.index_copy(0, at_t, weights_tK)
+        return routing.replace(experts_TK=ids_TK, weights_TK=weights_TK)
 
     def _finished(self, choice: PolicyChoice, routing: Routing) -> Routing:
         if choice.threshold is not None:
@@ -337,6 +337,15 @@ class Tap:
                     raise BadInput(f"{self.block.name}: an experts hook must return {list(output.shape)}")
                 changed = result
         return changed
+
+
+def _tokens(routing: Routing, at_t: Tensor) -> Routing:
+    """Some tokens of a routing that a block's experts were handed."""
+    ids_TK, weights_TK = token_major(routing)
+    selected_TK = None if routing.selected_TK is None else routing.selected_TK[at_t]
+    return routing.replace(
+        logits_TE=routing.logits_TE[at_t], experts_TK=ids_TK[at_t], weights_TK=weights_TK[at_t], selected_TK=selected_TK
+    )
 
 
 def _stitch(outputs: list[Any], policy_T: Tensor, state: dict) -> tuple:

@@ -14,7 +14,7 @@ from typing import Any
 from moesaic.core.errors import BadInput
 from moesaic.view import Policy, View
 from moesaic.view.course import Course, Steps, ready
-from moesaic.view.policy import resolve
+from moesaic.view.policy import by_layer, resolve
 
 Methods = Callable[[Mapping[str, Any]], Any]
 """`routing` of a request -> what has `bind(model, blocks, tokenizer)`, `steps(prompt_ids)` and `own`."""
@@ -35,7 +35,7 @@ class Steering:
         if blocks is None:
             raise BadInput("routing: this model is dense, it has no experts to choose from")
         steer = fields.get("steer")
-        given = {name: _by_layer(value) for name, value in fields.items() if value is not None and name != "steer"}
+        given = {name: by_layer(value) for name, value in fields.items() if value is not None and name != "steer"}
         self._policy = Policy(**given)
         resolve(self._policy, blocks)
         self._methods: Any = None
@@ -75,10 +75,3 @@ def _equal(first: Policy, second: Policy) -> bool:
         return bool(first == second)
     except (RuntimeError, ValueError):  # tensors that have more than one truth
         return False
-
-
-def _by_layer(value: Any) -> Any:
-    """JSON knows only strings as keys; layers are numbers."""
-    if not isinstance(value, Mapping):
-        return value
-    return {int(key) if isinstance(key, str) and key.isdecimal() else key: entry for key, entry in value.items()}
