@@ -16,6 +16,7 @@ from moesaic.surgery.recipe import parse, plan_recipe, run_recipe
 STEPS = [
     {"prune": "reap", "keep": 0.75},
     {"merge": "hc_smoe", "keep": 8, "router": "collapse", "domain": "a"},
+    {"quantize": "rtn", "bits": 4},
     {"unlearn": "seuf", "loss": "ga", "texts": {"forget": "b.txt"}, "training": {"steps": 2, "batch_size": 1, "seq_len": 32}},
 ]
 
@@ -35,7 +36,7 @@ def as_file(folder, steps, **shared):
 
 
 @pytest.mark.slow
-def test_one_recipe_prunes_merges_and_unlearns_and_stock_transformers_loads_it(texts, tmp_path):
+def test_one_recipe_prunes_merges_quantises_and_unlearns_and_stock_transformers_loads_it(texts, tmp_path):
     command = [
         sys.executable,
         "-m",
@@ -47,10 +48,12 @@ def test_one_recipe_prunes_merges_and_unlearns_and_stock_transformers_loads_it(t
         "--json",
     ]
     report = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
-    assert [row["method"] for row in report["steps"]] == ["prune reap", "merge hc_smoe", "unlearn seuf"]
+    assert [row["method"] for row in report["steps"]] == ["prune reap", "merge hc_smoe", "quantize rtn", "unlearn seuf"]
     assert report["stock"] and report["bytes_after"] < report["bytes_before"]
     held = json.loads((tmp_path / "out" / "surgery.json").read_text())["steps"]
-    assert [step["family"] for step in held] == ["prune", "merge", "unlearn"]
+    assert [step["family"] for step in held] == ["prune", "merge", "quantize", "unlearn"]
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert all(f"| {row['method']} |" in card for row in report["steps"])
     probe = (
         "import sys, torch; from transformers import AutoModelForCausalLM as A;"
         f"m = A.from_pretrained({str(tmp_path / 'out')!r}); assert 'moesaic' not in sys.modules;"

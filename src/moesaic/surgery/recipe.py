@@ -37,7 +37,7 @@ from moesaic.core.errors import BadInput, NotMoE
 from moesaic.core.files import write_atomically
 from moesaic.core.sizes import peak_bytes
 from moesaic.store import Reader
-from moesaic.surgery.card import read_history
+from moesaic.surgery.card import read_history, write_notes
 from moesaic.surgery.conversion import Told
 from moesaic.surgery.convert import FAMILY, convert, plan_after, plan_conversion
 from moesaic.surgery.convert import build as build_conversion
@@ -266,6 +266,8 @@ def run_recipe(
             shutil.rmtree(current)
         current = target
     shutil.rmtree(work, ignore_errors=True)
+    if len(steps) > 1:  # one card for all, whatever the last step wrote
+        write_notes(out, source.name, read_history(out))
     return {
         "out": str(out), "model": str(model), "steps": rows, "bytes_before": plans[0].bytes_before,
         "bytes_after": rows[-1]["bytes_after"], "seconds": time.perf_counter() - began,
