@@ -42,6 +42,8 @@ def quicken_attention(module: Any) -> bool:
         module.quick_step = None
         return False
     module.quick_step, module.quick_at = step, _addresses(module)
+    # The step calls none of the module's parts: who listens to one, or changes what it gives, must be called all the same.
+    module.quick_hooks = [hooks for part in module.children() for hooks in (part._forward_hooks, part._forward_pre_hooks)]
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         x, cache = kwargs.get("hidden_states"), kwargs.get("past_key_values")
@@ -62,6 +64,7 @@ def quicken_attention(module: Any) -> bool:
             or self.training
             or torch.is_grad_enabled()
             or torch.compiler.is_compiling()
+            or any(self.quick_hooks)
             or self.config._attn_implementation != attention.NAME
             or layer.keys.shape[0] != 1
             or layer.keys.dtype is not torch.bfloat16
