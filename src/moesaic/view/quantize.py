@@ -130,6 +130,8 @@ def quantize_model(model: nn.Module, recipe: str | Recipe = "int4", importance: 
         raise BadInput('quantised experts run on our kernels: load the model with experts_implementation="moesaic"')
     for block in blocks:
         down = block.experts.down_proj
+        if hasattr(block.experts, "factors"):
+            raise BadInput(f"{block.name}: its experts are held as factors, which are not quantised")
         if down.device.type != "cpu" or down.element_size() < 2:
             raise BadInput(
                 f"{block.name}: its experts are {down.dtype} on {down.device}: quantising takes 16 or 32 bits, on the CPU"
