@@ -80,7 +80,7 @@ def run(options: Options, progress: Callable[[str], None] = lambda text: None) -
         if any(_same(row, entry, chosen, share) for row in held):
             continue
         progress(f"{name} {chosen or ''} at {share:.0%}")
-        out = folder / "out"
+        out = folder / f"out-{options.domain or 'all'}"
         _clear(out)
         began = time.perf_counter()
         try:
@@ -100,7 +100,7 @@ def run(options: Options, progress: Callable[[str], None] = lambda text: None) -
              "stock": made.stock}
         )  # fmt: skip
         write_atomically(done, json.dumps(rows[1:]))
-    _clear(folder / "out")
+    _clear(folder / f"out-{options.domain or 'all'}")
     if options.folder is None:
         shutil.rmtree(folder)
     facts = {"model": options.model, "domain": options.domain, "calibrated_bytes": sum(len(d.text.encode()) for d in learn),
