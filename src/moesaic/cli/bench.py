@@ -9,7 +9,16 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from moesaic.cli import bench_compression, bench_gpu, bench_models, bench_routing, bench_steering, bench_surgery, bench_unlearn
+from moesaic.cli import (
+    bench_compression,
+    bench_gpu,
+    bench_models,
+    bench_routing,
+    bench_steering,
+    bench_surgery,
+    bench_unlearn,
+    bench_upcycle,
+)
 from moesaic.cli.bench_common import figures, measured, show_notes, words
 from moesaic.cli.common import Debug, Json, console, emit, keep, progress_console
 
@@ -23,6 +32,7 @@ app.command("steering")(bench_steering.steering)
 app.command("compression")(bench_compression.compression)
 app.command("surgery")(bench_surgery.surgery)
 app.command("unlearn")(bench_unlearn.unlearn)
+app.command("upcycle")(bench_upcycle.upcycle)
 
 
 @app.command("layer")

@@ -90,9 +90,10 @@ def _plan(method: Conversion, models: Sequence[Any], name: str, options: dict[st
         )
     before = sum(model.bytes_after if isinstance(model, Plan) else model.table.nbytes for model in models)
     made = None if outcome.config is None else meta(outcome.config)
+    source = models[0].source if isinstance(models[0], Plan) else models[0].folder
     facts = [] if made is None or not any(True for _ in find(made)) else facts_of(View(made))
     return Plan(
-        FAMILY, name, options, models[0].source if isinstance(models[0], Plan) else models[0].folder, facts, [each.experts for each in facts], outcome.stock, outcome.reason, before,
+        FAMILY, name, options, source, facts, [each.experts for each in facts], outcome.stock, outcome.reason, before,
         outcome.bytes_after, outcome.peak_bytes, {}, made,
     )  # fmt: skip
 

@@ -38,7 +38,7 @@ def folder(tmp_path, dense):
 
     def write(kind: str, seed: int = 0, tokenizer: bool = False, **fields):
         out = tmp_path / f"{kind}-{seed}-{len(list(tmp_path.iterdir()))}"
-        dense(kind, seed, **fields, **({"vocab_size": 4352, "eos_token_id": 0} if tokenizer else {})).save_pretrained(out)
+        dense(kind, seed, **fields, **({"vocab_size": 8192, "eos_token_id": 0} if tokenizer else {})).save_pretrained(out)
         for name in ("tokenizer.json", "tokenizer_config.json") if tokenizer else ():
             shutil.copyfile(resolve_model("bundled") / name, out / name)
         return out

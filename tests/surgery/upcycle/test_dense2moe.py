@@ -51,7 +51,7 @@ def test_with_all_experts_and_their_weights_scaled_the_model_is_the_dense_one(fo
 
 def test_neurons_are_a_partition_and_shared_ones_score_highest(folder, tmp_path):
     """Card (b), (c); the scores by autograd on the whole model."""
-    dense, _ = made(folder, "llama", tmp_path / "out")
+    made(folder, "llama", tmp_path / "out")
     method = build("dense2moe", OPTIONS)
     from moesaic.store import Reader
     from moesaic.surgery.dense import Dense

@@ -6,7 +6,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from moesaic.core.errors import BadInput
 from moesaic.surgery.convert import convert, plan_conversion
@@ -169,14 +169,12 @@ def test_models_that_differ_are_named(folder):
         plan_conversion([small, other], "btx", {})
     with pytest.raises(BadInput, match="differ in model_type"):
         plan_conversion([other, folder("llama")], "btx", {})
+    first, second = folder("qwen3", tokenizer=True), folder("qwen3", tokenizer=True)
+    (second / "tokenizer.json").write_text((second / "tokenizer.json").read_text() + " ")
     with pytest.raises(BadInput, match="different tokenizers"):
-        first, second = folder("qwen3", tokenizer=True), folder("qwen3", tokenizer=True)
-        (second / "tokenizer.json").write_text((second / "tokenizer.json").read_text() + " ")
         plan_conversion([first, second], "btx", {})
+    GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=50)).save_pretrained(other.parent / "gpt2")
     with pytest.raises(BadInput, match="gpt2: no stock MoE"):
-        from transformers import GPT2Config, GPT2LMHeadModel
-
-        GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=50)).save_pretrained(other.parent / "gpt2")
         plan_conversion([other.parent / "gpt2"], "sparse", {})
     with pytest.raises(BadInput, match="mlp_bias"):
         plan_conversion([folder("llama", mlp_bias=True)], "sparse", {})

@@ -1,12 +1,13 @@
 """Configuration and model classes of checkpoints that upcycling made of a dense architecture and parts of ours.
 
 One `model_type`, "moesaic_upcycled", says that stock transformers cannot load such a checkpoint; `base_model_type` says whose
-architecture it is, and `upcycle` what was put in: `method` (a module of this package with `install(model, spec)`), and its sizes.
+architecture it is, and `upcycle` what was put in: `method` (a module of this package with `install(model, spec)`), its sizes.
 """
 
 from __future__ import annotations
 
 import importlib
+from contextlib import nullcontext
 from functools import cache
 from typing import Any
 
@@ -69,8 +70,12 @@ class Upcycled:
     def _move_missing_keys_from_meta_to_device(self, *args: Any, **kwargs: Any) -> None:
         """Nothing is on `meta`."""
 
+    around_call: Any = None
+    """around_call(args, kwargs) -> a context in which the call runs."""
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        output = super().forward(*args, **kwargs)  # type: ignore[misc]
+        with nullcontext() if self.around_call is None else self.around_call(args, kwargs):
+            output = super().forward(*args, **kwargs)  # type: ignore[misc]
         losses = self.balance_losses() if self.training and getattr(output, "loss", None) is not None else {}  # type: ignore[attr-defined]
         if losses:
             output.loss = output.loss + torch.stack(list(losses.values())).sum()
@@ -98,5 +103,6 @@ def upcycled_config(config: Any, spec: dict[str, Any]) -> Any:
     made.base_model_type, made.upcycle = config.model_type, spec
     from transformers import AutoModelForCausalLM
 
-    made.architectures = [f"Upcycled{AutoModelForCausalLM._model_mapping[own].__name__}"]
+    kinds: Any = AutoModelForCausalLM._model_mapping
+    made.architectures = [f"Upcycled{kinds[own].__name__}"]
     return made

@@ -17,10 +17,10 @@ from moesaic.surgery.living import Living, averaged, build, opened
 
 @register("upcycle", "bam", paper="2408.08274", card="surgery-and-steering.md#bam", exact=False)
 class BAM(Living):
-    """Per layer: y = sum over all i of a_i(x) Attn_i + g_top1(x) FFN_top1, a = softmax; embeddings, norms and head are the mean.
+    """Per layer: y = sum over all i of a_i(x) Attn_i + g_top1(x) FFN_top1, a = softmax; embeddings, norms and head are means.
 
-    With `shared_kv` keys and values are projected once, by the models' mean. Name the seed among the models: the paper finds that
-    its expert matters. Routers are N(0, 0.02^2). `renormalised` gives the one FFN weight 1, so that equal models give that
+    With `shared_kv` keys and values are projected once, by the models' mean. Name the seed among the models: the paper finds
+    that its expert matters. Routers are N(0, 0.02^2). `renormalised` gives the one FFN weight 1, so that equal models give that
     model; the paper's raw probability shrinks the branch at first, and lets the router learn from the loss. Where the dense
     architecture has attention and FFN one after the other (Llama, Qwen), so has the result; the paper's are side by side, as
     Cohere's are, which this takes too.

@@ -26,7 +26,7 @@ PARTS = ("gate", "up", "down")
 
 @register("upcycle", "dense", card="surgery-and-steering.md#upcycling-baselines", exact=False)
 class ToDense(Conversion):
-    """`how`: average (experts weighted by how often they are chosen), one (`expert`, or the one most chosen), concat (the `keep`
+    """`how`: average (weighted by how often they are chosen), one (`expert`, or the one most chosen), concat (the `keep`
     experts of most gate weight, all by default, side by side as one FFN, each at its share of that weight).
 
     Use comes from calibration (--data or --statistics); without, all experts count alike. Equal experts come out as the one
