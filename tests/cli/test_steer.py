@@ -162,3 +162,29 @@ def test_run_says_what_is_wrong(tiny_moe):
     ):  # fmt: skip
         with pytest.raises(BadInput, match=message):
             called([str(tiny_moe), "x", "--no-page", *options], run_app)
+
+
+@pytest.mark.parametrize("steer", ["scmoe:beta=2,alpha=0.001", 'mote:off={"0": [0, 1]}', "naee_skip:beta=0.9"])
+def test_experts_on_disk_are_steered_alike(tiny_moe, steer):
+    common = [str(tiny_moe), "def f", "--max-new-tokens", "6", "--temperature", "0", "--no-page", "--json", "--steer", steer]
+    resident, streamed = called(common, run_app), called([*common, "--resident", "0.5"], run_app)
+    assert streamed["text"] == resident["text"]
+    assert streamed["load"] == resident["load"]
+
+
+@pytest.mark.parametrize("where", [["--quantize", "int8"], ["--resident", "0.5"]])
+def test_what_needs_gradients_needs_experts_that_have_them(tiny_moe, where):
+    with pytest.raises(BadInput, match="no backward"):
+        called([str(tiny_moe), "def f", "--no-page", "--json", *where, "--steer", "rewiring"], run_app)
+
+
+@pytest.mark.parametrize(
+    "routing",
+    ['{"k": "a"}', '{"k": 99}', '{"mask": 3}', '{"without": ["x"]}', '{"bias": "no"}', '{"logits": {"0": [1]}}', '{"rank": []}',
+     '{"threshold": "big"}', '{"steer": {"mote": {"off": 3}}}', '{"steer": {"scmoe": {"beta": "x"}}}',
+     '{"steer": {"rewiring": {"steps": [1]}}}', '{"steer": {"sdm": {"store": 4}}}', '{"steer": {"mogu": {"adapter": []}}}',
+     '{"steer": {"naee_skip": {"beta": "x"}}}', '{"steer": {"scmoe": 3}}', '{"force": [1.5]}', '{"k": 1.5}'],
+)  # fmt: skip
+def test_values_of_the_wrong_kind_are_named(tiny_moe, routing):
+    with pytest.raises(BadInput):
+        called([str(tiny_moe), "x", "--no-page", "--json", "--routing", routing], run_app)

@@ -162,19 +162,25 @@ def _resolve_block(policy: Policy, block: Any, index: int, count: int) -> Choice
             raise BadInput(f"policy {what}: {value!r} for {block.name}: {expected}")
         return value
 
+    def whole(value: Any, what: str) -> Tensor:
+        ids = torch.as_tensor(value)
+        if ids.numel() and (ids.is_floating_point() or ids.dtype == torch.bool):
+            raise BadInput(f"policy {what}: {value!r} for {block.name}: expert ids are whole numbers")
+        return ids.long()
+
     experts = block.num_experts
     allow_E = row(policy.mask, "mask", torch.bool)
     without = pick(policy.without)
     if without is not None:
-        banned = torch.as_tensor(list(without), dtype=torch.long)
+        banned = whole(list(without), "without")
         if banned.numel() and not 0 <= int(banned.min()) <= int(banned.max()) < experts:
             raise BadInput(f"policy without: {block.name} has experts 0 to {experts - 1}, given {sorted(without)}")
         allow_E = torch.ones(experts, dtype=torch.bool) if allow_E is None else allow_E.clone()
         allow_E[banned] = False
-    k = pick(policy.k)
+    k = number(policy.k, "k", int, lambda n: True, "a number of experts")
     force_TK = pick(policy.force)
     if force_TK is not None:
-        force_TK = torch.as_tensor(force_TK, dtype=torch.long)
+        force_TK = whole(force_TK, "force")
         if not force_TK.numel():
             raise BadInput("policy force: needs at least one expert")
         if force_TK.dim() not in (1, 2) or not 0 <= int(force_TK.min()) <= int(force_TK.max()) < experts:
