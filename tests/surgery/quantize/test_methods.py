@@ -22,8 +22,8 @@ from moesaic.surgery.seen import seen
 from moesaic.view.block import View
 
 METHODS = [entry.name for entry in registry.entries("quantize")]
-SLOW = ("mixtral", "qwen3_moe", "deepseek_v3")
-NAMES = ("gpt_oss", "nemotron_h", *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW))
+SLOW = ("mixtral", "qwen3_moe", "deepseek_v3", "gpt_oss")
+NAMES = ("nemotron_h", *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW))
 MATRICES = ("gate", "up", "down")
 
 

@@ -15,9 +15,12 @@ from moesaic.core.registry import register
 from moesaic.kernels.low_bits import GRIDS
 from moesaic.surgery.layer import Facts, Layer
 from moesaic.surgery.measured import output_error
+from moesaic.surgery.quantize.gptq import Gptq
 from moesaic.surgery.rounding import WHOLE, Rounder, relative_error, round_expert
+from moesaic.view.bank import ExpertWeights
 
 ERRORS = ("moments", "features", "weights")
+ROUNDINGS = ("gptq", "nearest")
 
 
 @register(
@@ -42,12 +45,13 @@ class Pmq(Rounder):
         alpha, beta, gamma: exponents; 1, 1.5 and 1 are the published code's (its paper has gamma 2).
         error: "moments" (expected error of an expert's output for inputs of the second moment that it saw: R2), "features"
             (measured on recorded tokens that chose it, weighed by their gates, tier C), "weights" (of the weights themselves).
+        rounding: "gptq", as published, or "nearest".
         spread: at least one expert of each of the two largest widths below 16, as published.
     """
 
     def __init__(
         self, bits: float = 4, group: int = 64, widths: str = "2,4,8,16", alpha: float = 1.0, beta: float = 1.5,
-        gamma: float = 1.0, error: str = "moments", spread: bool = False,
+        gamma: float = 1.0, error: str = "moments", rounding: str = "gptq", spread: bool = False,
     ) -> None:  # fmt: skip
         super().__init__(bits, group)
         try:
@@ -60,6 +64,9 @@ class Pmq(Rounder):
             raise BadInput(f"bits {bits}: the least of widths {widths!r} is {min(self.widths)}")
         if error not in ERRORS:
             raise BadInput(f"error {error!r}: one of {', '.join(ERRORS)}")
+        if rounding not in ROUNDINGS:
+            raise BadInput(f"rounding {rounding!r}: one of {', '.join(ROUNDINGS)}")
+        self.by = Gptq(bits, group) if rounding == "gptq" else None
         self.exponents, self.error, self.spread = (alpha, beta, gamma), error, spread
         if error == "features":
             self.needs = frozenset({"C"})
@@ -80,6 +87,9 @@ class Pmq(Rounder):
                     relative_error(own, made) if self.error == "weights" else output_error(layer, e, made, self.error)
                 )
         return found["selection_count"].double(), found.mean("gate"), errors_EW
+
+    def rounded(self, layer: Layer, e: int, bits: int) -> ExpertWeights:
+        return super().rounded(layer, e, bits) if self.by is None else self.by.rounded(layer, e, bits)
 
     def allocate(self, looks: Sequence[Any], blocks: Sequence[Facts]) -> list[list[int]]:
         if self.bits == WHOLE:
