@@ -20,6 +20,7 @@ from moesaic.bench import machine
 from moesaic.core.documents import Document, read_documents, select
 from moesaic.core.errors import BadInput
 from moesaic.evaluation.bits_per_byte import report, score_documents
+from moesaic.surgery.conversion import Told
 from moesaic.surgery.convert import convert
 from moesaic.training.finetune import finetune
 from moesaic.view import load, resolve_model
@@ -40,8 +41,14 @@ class Options:
     batch_size: int = 8
     seq_len: int = 128
     train_bytes: int = 400_000
-    valid_bytes: int = 8000
+    valid_bytes: int = 3000
     seed: int = 0
+    arms: tuple[str, ...] = ()
+    """Names of `_arms`; all where empty."""
+
+
+STILL = ("twin", "arithmetic")
+"""Arms that are not fine-tuned: their routers are trained when they are made."""
 
 
 def run(options: Options, progress: Callable[[str], None] = lambda text: None) -> dict[str, Any]:
@@ -61,13 +68,15 @@ def run(options: Options, progress: Callable[[str], None] = lambda text: None) -
             branches.append(_copy(seed, root / name))
             _train(branches[-1], texts[name], options, options.branch_steps, options.lr / 2)
         rows = []
-        for name, make in _arms(options, seed, branches, root).items():
-            progress(name)
-            since, out = time.perf_counter(), root / name.replace(" ", "-")
+        for name, (said, make) in _arms(options, seed, branches, texts, root).items():
+            if options.arms and name not in options.arms:
+                continue
+            progress(said)
+            since, out = time.perf_counter(), root / f"arm-{name}"
             make(out)
-            row: dict[str, Any] = {"impl": name, "seed": options.seed, "parameters": _size(out)}
+            row: dict[str, Any] = {"impl": said, "seed": options.seed, "parameters": _size(out)}
             row["before"] = _score(out, valid, options)
-            _train(out, mixture, options, options.steps, options.lr / 2)
+            _train(out, mixture, options, 0 if name in STILL else options.steps, options.lr / 2)
             rows.append({**row, "after": _score(out, valid, options), "seconds": time.perf_counter() - since})
         alone = [
             {"impl": f"only {name}", "seed": options.seed, "before": _score(path, valid, options)}
@@ -76,7 +85,9 @@ def run(options: Options, progress: Callable[[str], None] = lambda text: None) -
     return {"machine": header, "options": asdict(options), "rows": rows, "branches": alone}
 
 
-def _arms(options: Options, seed: Path, branches: list[Path], root: Path) -> dict[str, Callable[[Path], Any]]:
+def _arms(
+    options: Options, seed: Path, branches: list[Path], texts: dict[str, list[Document]], root: Path
+) -> dict[str, tuple[str, Callable[[Path], Any]]]:
     def averaged(out: Path) -> None:
         """The copies' mean: BTX whose every tensor is averaged, which `dense` then is."""
         convert(branches, root / "mixed", "btx", {"k": 2})
@@ -94,14 +105,33 @@ def _arms(options: Options, seed: Path, branches: list[Path], root: Path) -> dic
         shutil.rmtree(out)
         _write(model, tokenizer, out)
 
+    def twin(out: Path, router: bool = True) -> None:
+        """With its router, or with all tasks' differences off: task arithmetic."""
+        given = {"tasks": list(options.domains), "density": 0.2}
+        convert([seed, *branches], out, "twin_merging", given, told=Told(texts=texts, seq_len=options.seq_len))
+        if not router:
+            model, tokenizer = load(out, dense_ok=True)
+            for p in model.twins.parameters():
+                p.data.zero_()
+            shutil.rmtree(out)
+            _write(model, tokenizer, out)
+
     return {
-        "dense seed, continued": lambda out: _copy(seed, out),
-        "sparse of the seed": lambda out: convert([seed], out, "sparse", {"experts": 4, "k": 2, "every": 1}),
-        "granular of the seed": lambda out: convert([seed], out, "granular", {"granularity": 2, "experts": 8, "k": 4}),
-        "sparse MoE from scratch": fresh,
-        "average of the copies": averaged,
-        "btx of the copies": lambda out: convert(branches, out, "btx", {"k": 2}),
-        "bam of the copies": lambda out: convert(branches, out, "bam"),
+        "dense": ("dense seed, continued", lambda out: _copy(seed, out)),
+        "sparse": (
+            "sparse of the seed",
+            lambda out: convert([seed], out, "sparse", {"experts": 4, "k": 2, "every": 1}),
+        ),
+        "granular": (
+            "granular of the seed",
+            lambda out: convert([seed], out, "granular", {"granularity": 2, "experts": 8, "k": 4}),
+        ),
+        "scratch": ("sparse MoE from scratch", fresh),
+        "average": ("average of the copies", averaged),
+        "btx": ("btx of the copies", lambda out: convert(branches, out, "btx", {"k": 2})),
+        "bam": ("bam of the copies", lambda out: convert(branches, out, "bam")),
+        "arithmetic": ("task arithmetic, not tuned", lambda out: twin(out, router=False)),
+        "twin": ("twin of the copies, not tuned", twin),
     }
 
 
@@ -140,6 +170,8 @@ def _write(model: Any, tokenizer: Any, out: Path) -> None:
 
 def _train(folder: Path, documents: list[Document], options: Options, steps: int, lr: float) -> None:
     """In place: trained on, and written again."""
+    if not steps:
+        return
     model, tokenizer = load(folder, dense_ok=True)
     if hasattr(model.config, "output_router_logits"):
         model.config.output_router_logits = True  # with its load loss

@@ -19,6 +19,7 @@ def upcycle(
     branch_steps: Annotated[int, typer.Option(help="Steps of each copy on its domain.")] = 80,
     steps: Annotated[int, typer.Option(help="Steps of every arm afterwards, on the mixture.")] = 60,
     lr: Annotated[float, typer.Option(help="Rate of the seed; half of it afterwards.")] = 2e-3,
+    arms: Annotated[str, typer.Option(help="Some of the arms only, such as dense,btx,bam.")] = "",
     seed: Annotated[int, typer.Option(help="Of weights and of the order of the data.")] = 0,
     threads: Annotated[int, typer.Option(help="CPU threads.")] = 1,
     out: Annotated[Path | None, typer.Option(help="Also write the JSON to this file.")] = None,
@@ -34,7 +35,8 @@ def upcycle(
     quiet_transformers()
     torch.set_num_threads(threads)
     options = bench.Options(
-        data, words(domains), seed_steps=seed_steps, branch_steps=branch_steps, steps=steps, lr=lr, seed=seed
+        data, words(domains), seed_steps=seed_steps, branch_steps=branch_steps, steps=steps, lr=lr, seed=seed,
+        arms=words(arms) if arms else (),
     )  # fmt: skip
     result = measured("upcycle", partial(bench.run, options), out, json)
     if result is None:
