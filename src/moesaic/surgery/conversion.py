@@ -7,7 +7,7 @@ live model instead.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
@@ -46,8 +46,6 @@ class Told:
     statistics: Any = None
     """A Calibration of the model, for methods that take a MoE."""
     resume: bool = False
-    seed: int = 0
-    say: Callable[[str], None] = lambda line: None
     trust_remote_code: bool = False
 
 
@@ -58,8 +56,6 @@ class Conversion:
     most: ClassVar[int] = 1
     takes: ClassVar[str] = "dense"
     """dense, or moe."""
-    preserves: bool = False
-    """Whether the result computes what the (one, or each equal) input does, to rounding."""
 
     def needs(self) -> int:
         """Domains of text that it must read; 0 for none."""

@@ -205,14 +205,10 @@ class _Written:
     def _expert(self, folder: Path, written: Checkpoint, number: int, layer: int, e: int) -> None:
         """Expert e as transformers assembles it from the stored tensors."""
         names = NAMES[self.method.config.model_type].of_expert(layer, e)
-        gate, up, down = (self.reader_of(written, names[part]) for part in ("gate", "up", "down"))
+        gate, up, down = (written.reader.read(written.table[names[part]]) for part in ("gate", "up", "down"))
         found = written.bank(number, [e])
         if not torch.equal(found[0][0], torch.cat([gate, up])) or not torch.equal(found[1][0], down):
             raise BadInput(f"{folder}: expert {e} of layer {layer} loads as another one than was written; OUT was not made")
-
-    @staticmethod
-    def reader_of(written: Checkpoint, name: str) -> torch.Tensor:
-        return written.reader.read(written.table[name])
 
     def _compare(self, folder: Path, table: Table, name: str, part: Part, reader: Reader) -> None:
         if not torch.equal(reader.read(table[name]), get(part, self.reader)):

@@ -49,7 +49,6 @@ class Granular(ToMoE):
             raise BadInput(f"scale={scale!r}: one of {', '.join(SCALES)}")
         self.granularity, self.experts, self.k, self.every = granularity, experts, k, every
         self.normalised, self.scale, self.copies = normalised, scale, experts // granularity
-        self.preserves = normalised and scale == "down"
         self.gates = Gates(router, self.copies, prompts, seed)
 
     def plan(self, models: Sequence[Dense]) -> Outcome:

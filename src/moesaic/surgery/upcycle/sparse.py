@@ -37,7 +37,6 @@ class Sparse(ToMoE):
         seed: int = 0,
     ) -> None:
         self.experts, self.k, self.every, self.normalised = experts, k, every, normalised
-        self.preserves = normalised
         self.gates = Gates(router, experts, prompts, seed)
 
     def plan(self, models: Sequence[Dense]) -> Outcome:
