@@ -33,9 +33,9 @@ class Options:
     width: int = 128
     layers: int = 4
     inner: int = 320
-    seed_steps: int = 150
-    branch_steps: int = 80
-    steps: int = 60
+    seed_steps: int = 60
+    branch_steps: int = 30
+    steps: int = 20
     """Of every arm afterwards."""
     lr: float = 2e-3
     batch_size: int = 8

@@ -15,9 +15,9 @@ from moesaic.cli.common import Debug, Json, console
 def upcycle(
     data: Annotated[str, typer.Option(help="A folder with train and valid, documents by domain.")] = "../shared/data/corpus",
     domains: Annotated[str, typer.Option(help="One specialised copy each, by commas.")] = "python,prose,math",
-    seed_steps: Annotated[int, typer.Option(help="Steps of the dense seed.")] = 150,
-    branch_steps: Annotated[int, typer.Option(help="Steps of each copy on its domain.")] = 80,
-    steps: Annotated[int, typer.Option(help="Steps of every arm afterwards, on the mixture.")] = 60,
+    seed_steps: Annotated[int, typer.Option(help="Steps of the dense seed.")] = 60,
+    branch_steps: Annotated[int, typer.Option(help="Steps of each copy on its domain.")] = 30,
+    steps: Annotated[int, typer.Option(help="Steps of every arm afterwards, on the mixture.")] = 20,
     lr: Annotated[float, typer.Option(help="Rate of the seed; half of it afterwards.")] = 2e-3,
     arms: Annotated[str, typer.Option(help="Some of the arms only, such as dense,btx,bam.")] = "",
     seed: Annotated[int, typer.Option(help="Of weights and of the order of the data.")] = 0,
