@@ -13,6 +13,9 @@ from moesaic.experts.maestro import Factors, RankSampler
 from moesaic.surgery.factored import Factored, Split, moment_of, upright
 from moesaic.surgery.layer import Layer
 
+EPS = 1e-4
+"""Of Adam. From the SVD on, the full product's gradient is rounding noise, which a smaller one would blow up to whole steps."""
+
 ROUNDS = 4
 """How often empty ranks are cut while training."""
 
@@ -69,7 +72,7 @@ def train(factors: Factors, target_BA: Tensor, steps: int, lam: float, lr: float
     size = target_BA.square().sum().clamp(min=1e-30)
     for number in range(ROUNDS):
         sampler = RankSampler([factors], seed + number)
-        optimiser = torch.optim.Adam(factors.parameters(), lr=lr)
+        optimiser = torch.optim.Adam(factors.parameters(), lr=lr, eps=EPS)
         with torch.enable_grad():
             for _ in range((steps * (number + 1)) // ROUNDS - steps * number // ROUNDS):
                 _, rank = sampler.draw()
