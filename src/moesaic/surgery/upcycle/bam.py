@@ -22,8 +22,7 @@ class BAM(Living):
     With `shared_kv` keys and values are projected once, by the models' mean. Name the seed among the models: the paper finds
     that its expert matters. Routers are N(0, 0.02^2). `renormalised` gives the one FFN weight 1, so that equal models give that
     model; the paper's raw probability shrinks the branch at first, and lets the router learn from the loss. Where the dense
-    architecture has attention and FFN one after the other (Llama, Qwen), so has the result; the paper's are side by side, as
-    Cohere's are, which this takes too.
+    architecture has attention and FFN one after the other (Llama, Qwen), so has the result; the paper's are side by side.
     """
 
     least, most = 2, 64
