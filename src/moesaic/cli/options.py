@@ -40,7 +40,9 @@ Quantize = Annotated[
 
 Steers = Annotated[
     list[str] | None,
-    typer.Option(help="A steering method, such as scmoe:beta=0.5 or mote:map=FILE,top=10; may be repeated; not exact."),
+    typer.Option(
+        metavar="<str>", help="A steering method, such as scmoe:beta=0.5 or mote:map=FILE,top=10; may be repeated; not exact."
+    ),
 ]
 RoutingJson = Annotated[
     str | None, typer.Option("--routing", help='JSON as in a request to `serve`: {"k": 1, "threshold": 0.1, "steer": {...}}.')
