@@ -51,3 +51,29 @@ def test_the_chosen_plan_is_measured_and_written(text, tmp_path):
     assert note["chosen"] == report["chosen"]
     model, tokenizer = moesaic.load(out)
     assert model.generate(**tokenizer("Once upon", return_tensors="pt"), max_new_tokens=3).shape[1] > 3
+
+
+@pytest.mark.slow
+def test_experts_get_their_own_bits_and_the_records_hold_them(text, tmp_path):
+    from moesaic.fitting.plans import Candidate
+    from moesaic.fitting.trial import Trials
+    from moesaic.store.packed import read_packed
+    from moesaic.surgery.measure import measure
+    from moesaic.surgery.operate import open_plan
+
+    learn, _ = halves(str(text), None)
+    seen = []
+
+    def calibrate(folder):
+        seen.append(folder)
+        return measure(folder, learn, tmp_path / f"statistics-{len(seen)}", ("R0", "R1"))
+
+    model = open_plan("bundled").source
+    trials = Trials(model, tmp_path, calibrate, tmp_path / "test.jsonl", "Once", 4, None, 1)
+    for method, experts in (("", 16), ("prune reap", 8)):
+        folder = trials.folder(Candidate(method, 0.5 if method else 1.0, 3))
+        bits = [bits for block in read_packed(folder).contents.blocks for bits in block.bits_E]
+        assert len(bits) == 6 * experts and set(bits) <= {2, 4, 8, 16}
+        assert len(set(bits)) > 1 and sum(bits) <= 3 * len(bits)
+        assert not list(tmp_path.glob("*.rounded"))
+    assert seen == [model, model, tmp_path / "reap-0.5"]  # the pruned model is asked anew

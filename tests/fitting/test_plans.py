@@ -51,6 +51,21 @@ def test_every_exact_plan_and_one_of_each_method_are_tried():
     assert {each.method for each in tried} >= {"", "prune reap", "compress neurons"}
 
 
+def test_bits_are_counted_from_those_that_a_weight_has():
+    def sizes(model):
+        return {each.name: each.memory_bytes for each in candidates(model, MACHINE, 64 * MB)}
+
+    half, whole = sizes(MODEL), sizes(Model(FACTS, 4 * MB, COUNTS, item_bits=32))
+    assert half["as it is"] == whole["as it is"] == 36 * MB
+    assert half["4 bits"] - 4 * MB == 32 * MB * 4.25 / 16 == 2 * (whole["4 bits"] - 4 * MB)
+    assert half["4 bits"] > half["3 bits on average"] > half["2 bits"]
+
+
+def test_every_expert_may_have_its_own_bits():
+    tried = promising(candidates(MODEL, MACHINE, 11 * MB), 6)
+    assert any(each.name.startswith("3 bits on average") for each in tried)
+
+
 def row(speed, bits, exact=False, memory=10):
     return {"tokens_per_second": speed, "bits_per_byte": bits, "exact": exact, "memory_bytes": memory}
 

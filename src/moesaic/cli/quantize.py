@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -65,30 +64,20 @@ def _packed(
     trust: bool,
 ) -> dict[str, Any]:  # fmt: skip
     """Round beside OUT, then write codes and scales of what was rounded."""
-    from moesaic.kernels.low_bits import LEVELS
-    from moesaic.serving.streamed.bits import WHOLE, Bits
-    from moesaic.serving.streamed.packing import pack
+    from moesaic.fitting.packed import check_packable, pack_rounded
     from moesaic.surgery.operate import build
     from moesaic.surgery.recipe import Step
     from moesaic.surgery.shards import check_out
 
     _, made = build("quantize", method, given)
-    width = next((each for each in getattr(made, "widths", ()) if each not in (*LEVELS, WHOLE)), None)
-    if width is not None:
-        raise BadInput(f"{width} bits cannot be packed: records hold {', '.join(map(str, LEVELS))}; or take --format rounded")
-    if not getattr(made, "on_grid", True):
-        raise BadInput(f"{method} with these options rounds to other grids than records hold: take --format rounded")
+    check_packable(method, made)
     rounded = out.with_name(out.name + ".rounded")
     check_out(out, rounded)
     if not (resume and rounded.is_dir()):
         report = execute([Step("quantize", method, given, **calibration)], model, rounded, resume, threads, trust)
     else:
         report = _known(rounded, model)
-    of_experts: dict[str, int] = {}
-    for block in report["steps"][-1]["blocks"]:
-        of_experts |= {f"{block['module']}.{e}": bits for e, bits in enumerate(block["bits"])}
-    packed = pack(rounded, out, bits=Bits(of_experts), group_size=getattr(made, "group", 64), resume=resume)
-    shutil.rmtree(rounded)
+    packed = pack_rounded(rounded, out, report["steps"][-1]["blocks"], getattr(made, "group", 64), resume)
     report["steps"].append({"method": "pack", "bytes_after": packed.bytes_after, "seconds": 0.0, "stock": False})
     return {**report, "out": str(out), "bytes_after": packed.bytes_after, "stock": False}
 

@@ -9,6 +9,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from moesaic.core.documents import Document, read_documents, select
 from moesaic.core.errors import BadInput
 from moesaic.core.files import write_atomically
@@ -19,7 +21,7 @@ from moesaic.surgery.estimate import disk_rate
 from moesaic.surgery.measure import measure
 from moesaic.surgery.operate import open_plan
 from moesaic.surgery.shards import check_out
-from moesaic.trace.calibration import open_calibration
+from moesaic.trace.calibration import Calibration, open_calibration
 
 NOTE = "fit.json"
 TIERS = ("R0", "R1")
@@ -70,12 +72,17 @@ def fit(
     learn, test = halves(data, max_bytes) if data is not None else ([], [])
     work = Path(tempfile.mkdtemp(prefix="moesaic-fit-")) if work is None else work
     work.mkdir(parents=True, exist_ok=True)
-    calibration, counts = None, []
+    counts = list[Tensor]()
+
+    def calibrate(folder: Path) -> Calibration:
+        statistics = work / f"statistics-{'whole' if folder == opened.source else folder.name}"
+        return _statistics(folder, learn, statistics, context, data or "", progress, how)
+
     if learn and not predict_only:
-        calibration = _statistics(opened.source, learn, work / "statistics", context, data or "", progress, how)
+        calibration = calibrate(opened.source)
         counts = [calibration.layer(i)["selection_count"] for i in range(len(opened.facts))]
     experts = sum(f.experts * f.expert_bytes for f in opened.facts)
-    model = Model(opened.facts, opened.bytes_before - experts, counts)
+    model = Model(opened.facts, opened.bytes_before - experts, counts, 8 * opened.model.dtype.itemsize)
     machine = Machine(read_rate, disk_rate(opened.source))
     found = candidates(model, machine, memory, lossy=bool(data))
     if not found:
@@ -90,7 +97,7 @@ def fit(
     }  # fmt: skip
     if predict_only:
         return report
-    trials = Trials(opened.source, work, calibration, work / "test.jsonl", _prompt(test), new_tokens, context, threads)
+    trials = Trials(opened.source, work, calibrate, work / "test.jsonl", _prompt(test), new_tokens, context, threads)
     _write_test(trials.test, test)
     rows, report["notes"] = tried(trials, promising(found, most), progress)
     for row, best in zip(rows, pareto(rows), strict=True):

@@ -17,6 +17,9 @@ from moesaic.surgery.layer import Facts
 
 KEEPS = (0.75, 0.5, 0.25)
 BITS = (8, 4, 2)
+MIXED = (3,)
+"""Mean bits of plans in which each expert has its own width, by what it weighs and what rounding does to it (PMQ)."""
+
 SCALE_BITS = 16 / 64
 """Bits per weight that the scales of groups of 64 add."""
 
@@ -56,7 +59,7 @@ class Candidate:
     @property
     def name(self) -> str:
         words = [f"{self.method} to {self.keep:.0%}"] if self.method else []
-        words += [f"{self.bits:g} bits"] if self.bits < 16 else []
+        words += [f"{self.bits:g} bits" + (" on average" if self.bits in MIXED else "")] if self.bits < 16 else []
         words += ["streamed"] if self.resident < 1 else []
         return ", ".join(words) or "as it is"
 
@@ -74,25 +77,30 @@ class Model:
     counts: Sequence[Tensor] = field(default_factory=list)
     """[E] per layer."""
     item_bits: int = 16
+    """Of a weight as the checkpoint has it."""
 
     @property
     def expert_bytes(self) -> int:
         return sum(f.experts * f.expert_bytes for f in self.facts)
+
+    def share(self, bits: float) -> float:
+        """Of an expert's bytes when its weights have so many bits; 16 leaves them as they are."""
+        return 1.0 if bits >= 16 else (bits + SCALE_BITS) / self.item_bits
 
 
 def candidates(model: Model, machine: Machine, memory: int, lossy: bool = True) -> list[Candidate]:
     """Every plan whose weights fit `memory`, fastest first by prediction; only exact ones without `lossy`."""
     ways: list[tuple[str, float, float]] = [("", 1.0, 16)]
     if lossy:
-        ways += [("", 1.0, bits) for bits in BITS]
+        ways += [("", 1.0, bits) for bits in (*BITS, *MIXED)]
         for keep in KEEPS:
             if all(max(f.least, 1) <= round(f.experts * keep) and round(f.experts * keep) % f.groups == 0 for f in model.facts):
-                ways += [("prune reap", keep, bits) for bits in (16, 8, 4)]
-                ways += [("merge m_smoe", keep, 16)]
+                ways += [("prune reap", keep, bits) for bits in (16, 8, 4, *MIXED)]
+                ways += [("merge m_smoe", keep, bits) for bits in (16, 4)]
             ways += [("compress neurons", keep, bits) for bits in (16, 4)]
     found = []
     for method, keep, bits in ways:
-        size = round(model.expert_bytes * keep * (bits + (SCALE_BITS if bits < 16 else 0)) / 16)
+        size = round(model.expert_bytes * keep * model.share(bits))
         resident = min(1.0, (memory - model.other_bytes) / size)
         if resident < LEAST_CACHE:
             continue
@@ -104,7 +112,7 @@ def candidates(model: Model, machine: Machine, memory: int, lossy: bool = True) 
 
 def predict(model: Model, machine: Machine, plan: Candidate) -> float:
     """Tokens per second of decoding at batch 1."""
-    width = (plan.bits + (SCALE_BITS if plan.bits < 16 else 0)) / 16
+    width = model.share(plan.bits)
     if plan.method == "compress neurons":  # every expert is smaller, also those that run
         width *= plan.keep
     active = sum(f.top_k * f.expert_bytes for f in model.facts) * width
@@ -136,7 +144,8 @@ def promising(found: Sequence[Candidate], most: int) -> list[Candidate]:
     groups: dict[tuple[str, bool], list[Candidate]] = {}
     for each in found:
         if not each.exact:
-            groups.setdefault((each.method, each.resident < 1), []).append(each)
+            name = each.method or ("mixed" if each.bits in MIXED else "")
+            groups.setdefault((name, each.resident < 1), []).append(each)
     for _, group in sorted(groups.items(), key=lambda item: item[0][1]):  # resident ones first
         chosen.append(max(group, key=lambda each: (each.keep * each.bits, each.predicted)))
     for each in found:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,11 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from moesaic.core.errors import BadInput, MoesaicError
-from moesaic.fitting.plans import Candidate
+from moesaic.fitting.packed import pack_rounded
+from moesaic.fitting.plans import MIXED, Candidate
 from moesaic.serving.streamed.bits import Bits
 from moesaic.serving.streamed.packing import pack
 from moesaic.surgery.operate import operate
 from moesaic.trace.calibration import Calibration
+
+GROUP = 64
+"""Weights of a row that share a scale."""
 
 
 @dataclass(frozen=True)
@@ -25,7 +28,8 @@ class Trials:
 
     model: Path
     work: Path
-    calibration: Calibration | None
+    calibrate: Callable[[Path], Calibration]
+    """Of the model or of a plan's folder: what the user's text shows there."""
     test: Path
     """JSON lines of the text that plans are scored on; not calibrated on."""
     prompt: str
@@ -42,13 +46,25 @@ class Trials:
             family, method = plan.method.split()
             folder = self.work / f"{method}-{plan.keep:g}"
             if not folder.is_dir():
-                operate(self.model, folder, family, method, plan.options, calibration=self.calibration, resume=_left(folder))
+                known = self.calibrate(self.model)
+                operate(self.model, folder, family, method, plan.options, calibration=known, resume=_left(folder))
         if plan.bits < 16 or plan.resident < 1:
             packed = self.work / f"{folder.name if plan.method else 'whole'}-{plan.bits:g}bit"
-            if not packed.is_dir():
+            if packed.is_dir():
+                pass
+            elif plan.bits in MIXED:
+                self._mixed(folder, packed, plan.bits)
+            else:
                 pack(folder, packed, bits=None if plan.bits >= 16 else Bits(int(plan.bits)), resume=_left(packed))
             folder = packed
         return folder
+
+    def _mixed(self, folder: Path, packed: Path, bits: float) -> None:
+        """Errors are those of the weights, so that counts are all that has to be known: any model's fit in memory."""
+        rounded = packed.with_name(packed.name + ".rounded")
+        options = {"bits": bits, "error": "weights", "rounding": "nearest"}
+        report = operate(folder, rounded, "quantize", "pmq", options, calibration=self.calibrate(folder), resume=_left(rounded))
+        pack_rounded(rounded, packed, report.blocks, GROUP)
 
     def measure(self, plan: Candidate) -> dict[str, Any]:
         """A row: what the plan takes, how fast it speaks, what it costs in bits per byte. Raises BadInput with the reason."""
@@ -79,12 +95,6 @@ class Trials:
             words = [line for line in done.stderr.splitlines() if line.strip()]
             raise BadInput(f"{plan.name}: {words[-1] if words else f'exit code {done.returncode}'}")
         return json.loads(done.stdout)
-
-    def drop(self, keep: Path | None = None) -> None:
-        """Delete what was built, but for one folder."""
-        for path in self.work.iterdir():
-            if path.is_dir() and path != keep and path.name != "statistics":
-                shutil.rmtree(path)
 
 
 def tried(

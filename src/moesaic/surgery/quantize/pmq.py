@@ -29,7 +29,7 @@ ROUNDINGS = ("gptq", "nearest")
     paper="2410.06270",
     card="surgery-and-steering.md#mixed-precision-allocation",
     exact=False,
-    needs={"R0", "R2"},
+    needs={"R0"},
 )
 class Pmq(Rounder):
     """Per layer: minimise the sum over experts of usage^alpha * gate^beta * error(bits)^gamma, with a mean of at most `bits`
@@ -45,7 +45,7 @@ class Pmq(Rounder):
         alpha, beta, gamma: exponents; 1, 1.5 and 1 are the published code's (its paper has gamma 2).
         error: "moments" (expected error of an expert's output for inputs of the second moment that it saw: R2), "features"
             (measured on recorded tokens that chose it, weighed by their gates, tier C), "weights" (of the weights themselves).
-        rounding: "gptq", as published, or "nearest".
+        rounding: "gptq", as published (R2), or "nearest". With error "weights" and "nearest" counts are all it needs.
         spread: at least one expert of each of the two largest widths below 16, as published.
     """
 
@@ -66,10 +66,11 @@ class Pmq(Rounder):
             raise BadInput(f"error {error!r}: one of {', '.join(ERRORS)}")
         if rounding not in ROUNDINGS:
             raise BadInput(f"rounding {rounding!r}: one of {', '.join(ROUNDINGS)}")
+        self.together = ""  # its programme is a layer's own
         self.by = Gptq(bits, group) if rounding == "gptq" else None
         self.exponents, self.error, self.spread = (alpha, beta, gamma), error, spread
-        if error == "features":
-            self.needs = frozenset({"C"})
+        features = {"C"} if error == "features" else set()
+        self.needs = frozenset(features | ({"R2"} if self.by or error == "moments" else set()))
 
     def look(self, layer: Layer) -> Any:
         """Of each expert its usage and its mean gate weight [E], and errors [E, W]."""
