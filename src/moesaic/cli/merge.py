@@ -8,7 +8,7 @@ import typer
 
 from moesaic.cli.common import Debug, Json, single
 from moesaic.cli.options import Context, MaxBytes, Model, Threads, TrustRemoteCode, pairs
-from moesaic.cli.surgical import CalibrationData, Domain, Options, Out, Plan, Resume, Statistics, run_family
+from moesaic.cli.surgical import CalibrationData, Domain, Options, Out, Plan, Resume, Sequential, Statistics, run_family
 
 
 def merge(
@@ -22,6 +22,7 @@ def merge(
     domain: Domain = None,
     max_bytes: MaxBytes = None,
     context: Context = None,
+    sequential: Sequential = False,
     plan: Plan = False,
     resume: Resume = False,
     threads: Threads = None,
@@ -42,7 +43,7 @@ def merge(
     run_family(
         "merge", model, out, method, given, plan=plan, resume=resume, json=json, threads=threads,
         trust_remote_code=trust_remote_code, data=data, statistics=statistics, domain=domain, max_bytes=max_bytes,
-        context=context,
+        context=context, sequential=sequential,
     )  # fmt: skip
 
 

@@ -9,7 +9,19 @@ import typer
 
 from moesaic.cli.common import Debug, Json, single
 from moesaic.cli.options import Context, MaxBytes, Model, Threads, TrustRemoteCode, pairs
-from moesaic.cli.surgical import CalibrationData, Domain, Options, Out, Plan, Resume, Statistics, execute, run_family, show
+from moesaic.cli.surgical import (
+    CalibrationData,
+    Domain,
+    Options,
+    Out,
+    Plan,
+    Resume,
+    Sequential,
+    Statistics,
+    execute,
+    run_family,
+    show,
+)
 from moesaic.core.errors import BadInput
 
 FORMATS = ("rounded", "packed")
@@ -29,6 +41,7 @@ def quantize(
     domain: Domain = None,
     max_bytes: MaxBytes = None,
     context: Context = None,
+    sequential: Sequential = False,
     plan: Plan = False,
     resume: Resume = False,
     threads: Threads = None,
@@ -48,7 +61,10 @@ def quantize(
     given: dict[str, Any] = pairs("--options", options)
     if bits is not None:
         given["bits"] = bits
-    calibration = {"data": data, "statistics": statistics, "domain": domain, "max_bytes": max_bytes, "context": context}
+    calibration = {
+        "data": data, "statistics": statistics, "domain": domain, "max_bytes": max_bytes, "context": context,
+        "sequential": sequential,
+    }  # fmt: skip
     if form == "rounded" or plan or out is None:
         run_family(
             "quantize", model, out, method, given, plan=plan, resume=resume, json=json, threads=threads,

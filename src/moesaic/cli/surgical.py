@@ -20,6 +20,9 @@ Options = Annotated[str, typer.Option(help="Options of the method, such as prote
 CalibrationData = Annotated[str | None, typer.Option("--data", help="Text to calibrate on: a file or a folder.")]
 Statistics = Annotated[str | None, typer.Option(help="A folder of `moesaic calibrate` of this very model, instead of --data.")]
 Domain = Annotated[str | None, typer.Option(help="Calibrate on this domain only.")]
+Sequential = Annotated[
+    bool, typer.Option("--sequential", help="Calibrate each layer with those before it already changed; takes longer.")
+]
 Plan = Annotated[bool, typer.Option("--plan", help="Say what would be done and written, and do nothing.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with a run that was broken off.")]
 
@@ -122,8 +125,9 @@ def _show_plan(plans: list[Any], costs: list[dict[str, Any]], out: Path | None, 
     for row in rows:
         counts = sorted(set(row["experts"]))
         size = f"{show_bytes(row['bytes_before'])} -> {show_bytes(row['bytes_after'])}"
+        method = row["method"] + (", layer after layer" if row["sequential"] else "")
         table.add_row(
-            row["method"], " or ".join(map(str, counts)), size, show_bytes(row["peak_bytes"]), f"{row['seconds']:,.0f} s",
+            method, " or ".join(map(str, counts)), size, show_bytes(row["peak_bytes"]), f"{row['seconds']:,.0f} s",
             ("stock: " if row["stock"] else "") + row["checkpoint"],
         )  # fmt: skip
     console.print(table)

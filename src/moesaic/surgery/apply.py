@@ -20,7 +20,8 @@ from moesaic.view.block import Block
 
 @torch.no_grad()
 def apply(block: Block, change: Change, facts: Facts) -> None:
-    """Change the block's experts and router in place; the model's configuration stays as it was.
+    """Change the block's experts and router in place; the model's configuration stays as it was. A block without memory
+    gets the shapes, and new experts are left out.
 
     Raises BadInput for a router that looks experts up in a table, when rows of it go, and ValueError for a wrong Change.
     """
@@ -152,7 +153,7 @@ def _bank(block: Block, change: Change) -> None:
     for name in ("intermediate_dim", "intermediate_size"):
         if getattr(experts, name, None) == before:
             setattr(experts, name, after)
-    for i, weights in new.items():
+    for i, weights in new.items() if not experts.down_proj.is_meta else ():
         bank[i] = weights
 
 

@@ -39,8 +39,12 @@ def estimate(plan: Plan, step: Step) -> dict[str, Any]:
         given = {"steps": 100, "batch_size": 4, "seq_len": 256, **step.training}
         tokens, kind = float(given["steps"] * given["batch_size"] * given["seq_len"]), TRAINING
     moved = plan.bytes_after * 2 + (plan.bytes_before if tokens else 0)
+    passes = 2 if step.sequential else 1  # every layer runs untouched, and again as it was changed
+    if step.sequential:
+        moved += plan.bytes_before  # read again for the change, and what is no expert for its pass
     return {
-        "seconds": moved / rate + tokens * kind * active / 2 / flops,
+        "seconds": moved / rate + passes * tokens * kind * active / 2 / flops,
+        "sequential": step.sequential,
         "peak_bytes": plan.peak_bytes + BASE_BYTES,
         "disk_bytes_per_second": rate,
         "calibration_tokens": round(tokens),

@@ -186,6 +186,9 @@ class Method:
     """Whether a model of the architecture's own class holds what this method makes, where all blocks end up of one size."""
     needs: frozenset[str] = frozenset()
     """Tiers that these options read beside those that the method is registered with."""
+    together = ""
+    """Why these options must see all layers before the first is changed; empty where each layer is decided by itself, and
+    then `decide` says of one layer what it says of it among all."""
 
     def plan(self, blocks: Sequence[Facts]) -> list[int]:
         """Experts of each block afterwards, as far as is known without statistics. Raises BadInput for what cannot apply."""

@@ -55,20 +55,21 @@ def measure(
             raise BadInput(f"{path} has no tokenizer: calibration reads text; put its tokenizer files beside config.json")
         if "B" in tiers or not relayable(type(checkpoint.model)):
             return calibrate(load(path, **how), documents, out, **options)
-        pages = _Pages(checkpoint)
+        pages = Pages(checkpoint)
         return calibrate(
             checkpoint.model, documents, out, tokenizer=checkpoint.tokenizer, layers_at_once=1, pages=pages.group, **options
         )
 
 
-class _Pages:
+class Pages:
     """The weights of a group of layers, while the group's passes run; and what stands outside of all layers."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.checkpoint, self.model = checkpoint, checkpoint.model
 
     @contextmanager
-    def group(self, relay: Relay, number: int) -> Iterator[None]:
+    def group(self, relay: Relay, number: int, made: dict[str, torch.Tensor] | None = None) -> Iterator[None]:
+        """`made`: tensors of MoE block `number`, by name, that are in its place in the model and take that of its own."""
         if relay.broken:
             raise BadInput(f"{self.checkpoint.folder}: its decoder layers cannot be taken one by one")
         name = next(n for n, module in self.model.named_modules() if module is relay.stack)
@@ -76,18 +77,25 @@ class _Pages:
         prefixes = tuple(f"{name}.{i}." for i in range(relay.starts[number], last))
         embeddings = _embeddings(self.model, name)
         with ExitStack() as stack:
-            stack.enter_context(put(self.model, self._within(prefixes)))
+            stack.enter_context(put(self.model, self._within(prefixes, None if made is None else number) | (made or {})))
             stack.enter_context(put(self.model, self._outside(name, embeddings if number else {})))
             for module in embeddings.values() if number else ():
                 stack.enter_context(_blank(module))
             yield
 
-    def _within(self, prefixes: tuple[str, ...]) -> dict[str, torch.Tensor]:
+    def _within(self, prefixes: tuple[str, ...], without: int | None) -> dict[str, torch.Tensor]:
+        """Of the layers under these prefixes, but for the MoE block `without`."""
         found: dict[str, torch.Tensor] = {}
+        left: set[str] = set()
         for i, pair in enumerate(self.checkpoint.matrices):
-            if pair[0].startswith(prefixes):
+            if i == without:
+                left = {*pair, *self.checkpoint.of_block[i]}
+            elif pair[0].startswith(prefixes):
                 found |= dict(zip(pair, self.checkpoint.bank(i), strict=True))
-        names = [n for n, tensor in self.checkpoint.own.items() if n.startswith(prefixes) and tensor.is_meta and n not in found]
+        names = [
+            n for n, tensor in self.checkpoint.own.items()
+            if n.startswith(prefixes) and tensor.is_meta and n not in found and n not in left
+        ]  # fmt: skip
         return found | self.checkpoint.read(names)
 
     def _outside(self, stack: str, skipped: dict[str, nn.Embedding]) -> dict[str, torch.Tensor]:

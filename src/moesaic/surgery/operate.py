@@ -27,6 +27,7 @@ from moesaic.surgery.edited import edited, rest
 from moesaic.surgery.layer import Change, Facts, Layer, Method
 from moesaic.surgery.layout import tensors as stored_tensors
 from moesaic.surgery.probe import Probe, probe
+from moesaic.surgery.sequential import Text, Walk, check_sequential
 from moesaic.surgery.shapes import facts_of, inner_of
 from moesaic.surgery.shards import MADE, Shards, check_out, copy_files
 from moesaic.trace.calibration.store import Calibration
@@ -104,7 +105,7 @@ def _opened(checkpoint: Checkpoint) -> Plan:
     return Plan("", "", {}, checkpoint.folder, facts, experts, True, "", size, size, 0, {}, checkpoint.model)
 
 
-def plan_step(before: Plan, family: str, name: str, options: dict[str, Any]) -> Plan:
+def plan_step(before: Plan, family: str, name: str, options: dict[str, Any], sequential: bool = False) -> Plan:
     """What a layer-wise step makes of what the plan before it leaves. Raises BadInput with the reason it cannot apply."""
     entry, method = build(family, name, options)
     if not before.facts:
@@ -113,6 +114,8 @@ def plan_step(before: Plan, family: str, name: str, options: dict[str, Any]) -> 
         )
     if not before.stock:
         raise BadInput(f"{family} {name}: {before.method} leaves what {before.reason}; do this step before it")
+    if sequential:
+        check_sequential(entry, method, before.model)
     return _plan(before, entry, method, options)
 
 
@@ -171,6 +174,7 @@ def operate(
     options: dict[str, Any] | None = None,
     *,
     calibration: Calibration | None = None,
+    sequential: Text | None = None,
     domain: str | None = None,
     resume: bool = False,
     history: Sequence[dict[str, Any]] = (),
@@ -181,6 +185,7 @@ def operate(
 
     Args:
         calibration: statistics of this very model; methods say by their registration what they need.
+        sequential: in place of statistics the text, on which every block is measured with those before it already changed.
         domain: read them for one domain only.
         resume: go on with a surgery to the same `out` that was broken off.
         history: what was done to the model before, for the result's `surgery.json`.
@@ -189,14 +194,18 @@ def operate(
     """
     began, out, options = time.perf_counter(), Path(out), dict(options or {})
     entry, method = build(family, name, options)
-    check_needs(entry, calibration)
-    with Reader("drop") as reader:
-        checkpoint = Checkpoint(path, reader, **how)
-        if calibration is not None:
+    if sequential is None:
+        check_needs(entry, calibration)
+    with Reader("drop" if sequential is None else "keep") as reader:
+        checkpoint, walk = Checkpoint(path, reader, **how), None
+        if sequential is not None:
+            check_sequential(entry, method, checkpoint.model)
+            walk = Walk(path, reader, sequential, entry.needs, **how)
+        elif calibration is not None:
             _check_calibration(calibration, checkpoint)
         plan = _plan(_opened(checkpoint), entry, method, options)
-        check_out(out, checkpoint.folder, plan.bytes_after)
-        work = _Step(checkpoint, method, calibration, domain, progress)
+        check_out(out, checkpoint.folder, plan.bytes_after + (0 if walk is None else walk.disk_bytes))
+        work = _Step(checkpoint, method, calibration, walk, domain, progress)
         blocks = work.run(out, plan, resume, list(history))
         size, read = work.bytes_after, reader.counters.bytes
     return Report(family, name, options, time.perf_counter() - began, plan.bytes_before, size, read, plan.stock, blocks)
@@ -218,10 +227,11 @@ class _Step:
     """The passes over the blocks of one step."""
 
     def __init__(
-        self, checkpoint: Checkpoint, method: Method, calibration: Calibration | None, domain: str | None, progress: Progress
-    ) -> None:
+        self, checkpoint: Checkpoint, method: Method, calibration: Calibration | None, walk: Walk | None, domain: str | None,
+        progress: Progress,
+    ) -> None:  # fmt: skip
         self.checkpoint, self.method, self.progress = checkpoint, method, progress
-        self.calibration, self.domain = calibration, domain
+        self.calibration, self.walk, self.domain = calibration, walk, domain
         self.bytes_after = 0
 
     stock = True
@@ -233,14 +243,18 @@ class _Step:
             "calibration": self.calibrated,
         }  # fmt: skip
         count, self.stock = len(self.checkpoint.facts), plan.stock
-        decisions = self._decide()
+        decisions = self._decide(range(count)) if self.walk is None else None
         resized = resize(self.checkpoint.model, experts=plan.experts[0])
         shards = Shards(out, self.checkpoint.folder, made_of, count + 1, resume)
         self._others(shards)
-        for i in range(count):
-            if not shards.done(i + 1):
-                resized = self._block(i, decisions[i], resized, shards)
+        left = [i for i in range(count) if not shards.done(i + 1)]
+        if self.walk is not None:
+            self.walk.begin(shards.partial, left[0] if left else count)
+        for i in left:
+            resized = self._block(i, self._measured(i) if decisions is None else decisions[i], resized, shards)
             self.progress("writing", i + 1, count)
+        if self.walk is not None:
+            self.walk.end()
         notes = [shards.notes(i + 1) for i in range(count)]
         copy_files(self.checkpoint.folder, shards.partial, leave=(MADE, "surgery.json", "README.md"))
         inner = notes[0]["inner"]
@@ -265,6 +279,11 @@ class _Step:
     @property
     def calibrated(self) -> dict[str, Any] | None:
         """What statistics were read, in words."""
+        if self.walk is not None:
+            return {
+                "sequential": True, "text": list(self.walk.header.sources), "tokens": self.walk.tokens, "hash": self.walk.hash,
+                "tiers": list(self.walk.tiers), "domain": self.domain,
+            }  # fmt: skip
         if self.calibration is None:
             return None
         header = self.calibration.header
@@ -284,13 +303,23 @@ class _Step:
                 features = lambda: tuple(torch.from_numpy(side) for side in found.features(i))  # noqa: E731
         return Layer(facts, self.checkpoint.view[i], statistics, by_domain, features)  # type: ignore[arg-type]
 
-    def _decide(self) -> list[Any]:
+    def _decide(self, blocks: Sequence[int]) -> list[Any]:
+        """One decision for each of these blocks, which are all that are looked at."""
         looks, count = [], len(self.checkpoint.facts)
-        for i in range(count):
+        for i in blocks:
             with self.checkpoint.lazily(i):
                 looks.append(self.method.look(self.layer(i)))
             self.progress("looking", i + 1, count)
-        return self.method.decide(looks, self.checkpoint.facts)
+        return self.method.decide(looks, [self.checkpoint.facts[i] for i in blocks])
+
+    def _measured(self, i: int) -> Any:
+        """The decision for block i, by statistics that are taken now, behind the blocks already changed."""
+        assert self.walk is not None
+        self.calibration = self.walk.measure(i, self._calibrating)
+        return self._decide([i])[0]
+
+    def _calibrating(self, done: int, total: int) -> None:
+        self.progress("calibrating", done, total)
 
     def _others(self, shards: Shards) -> None:
         """The shard of all that is in no block, as it is stored."""
@@ -316,7 +345,8 @@ class _Step:
             change: Change = self.method.change(layer, decision)
             change.check(layer.facts)
             matrix = None if change.matrix_RD is None else self.checkpoint.name_of(layer.router_matrix())
-        inner = layer.facts.inner
+        facts, inner = layer.facts, layer.facts.inner
+        del layer  # and what the method keeps on it
         if change.experts:
             inner = next(iter(change.experts.values()))["down"].shape[1]
         blank = View(resized.model)[i]
@@ -329,18 +359,22 @@ class _Step:
             made = edited(self.checkpoint, i, change, blank, matrix)
             with put(resized.model, made):
                 seen = probe(blank, made)
+        if self.walk is not None:
+            self.walk.go_on(i, change, made, self._calibrating)
         report = {
-            "name": layer.facts.name,
-            "layer": layer.facts.layer,
+            "name": facts.name,
+            "layer": facts.layer,
             "module": self.checkpoint.matrices[i][0].rpartition(".")[0],
-            "experts_before": layer.facts.experts,
+            "experts_before": facts.experts,
             "experts_after": len(change.keep),
-            "expert_map": change.expert_map(layer.facts.experts),
+            "expert_map": change.expert_map(facts.experts),
             "scores": None if change.scores is None else change.scores.double().tolist(),
             **change.report,
         }
         notes = {"probe": seen._asdict(), "block": report, "inner": inner, "spec": _spec(change), "names": list(made)}
         shards.write(i + 1, self._as_stored(i, made), notes, self.checkpoint.reader)
+        if self.walk is not None:
+            self.walk.leave(i)
         return resized
 
     def _factored(self, i: int, change: Change, blank: Block, matrix: str | None) -> tuple[dict[str, Tensor], Probe]:

@@ -45,6 +45,7 @@ from moesaic.surgery.dense import Dense
 from moesaic.surgery.measure import measure
 from moesaic.surgery.objective import Train
 from moesaic.surgery.operate import LAYERWISE, Plan, Progress, build, check_needs, open_plan, operate, plan_step
+from moesaic.surgery.sequential import Text
 from moesaic.surgery.shards import check_out
 from moesaic.trace.calibration import open_calibration
 
@@ -70,6 +71,8 @@ class Step:
     max_bytes: int | None = None
     context: int | None = None
     every: int = 1
+    sequential: bool = False
+    """Calibrate each layer with those before it already changed (surgery/sequential.py)."""
     models: tuple[str, ...] = ()
     """Of upcycle: further models beside the one that the step gets."""
     teacher: str | None = None
@@ -128,7 +131,10 @@ def _step(number: int, given: Any, shared: dict[str, Any], where: str, root: Pat
     for key in options:
         if key not in known:
             raise BadInput(f"{here}: {family} {method} has no option {key!r}; it has {', '.join(known) or 'none'}")
-    return Step(family, method, options, **values)
+    step = Step(family, method, options, **values)
+    if not isinstance(step.sequential, bool) or (step.sequential and family not in LAYERWISE):
+        raise BadInput(f"{here}: sequential is true or false, and for a step of {', '.join(LAYERWISE)}")
+    return step
 
 
 def _model_path(path: Any, root: Path) -> str:
@@ -143,7 +149,7 @@ def plan_recipe(model: str | Path, steps: list[Step], trainer: Trainer | None = 
     for number, step in enumerate(steps, 1):
         try:
             if step.family in LAYERWISE:
-                before = plan_step(before, step.family, step.method, dict(step.options))
+                before = plan_step(before, step.family, step.method, dict(step.options), step.sequential)
                 _check_text(step)
             elif step.family in FOLDERS:
                 before = _plan_conversion(model, before, step, first=number == 1, how=how)
@@ -203,6 +209,8 @@ def _plan_trained(before: Plan, step: Step, trainer: Trainer | None, source: Pat
 
 def _check_text(step: Step) -> None:
     entry, _ = build(step.family, step.method, dict(step.options))
+    if step.statistics is not None and step.sequential:
+        raise BadInput(f"statistics {step.statistics} are of the untouched model; sequential measures anew: give data instead")
     if step.statistics is not None:
         found = open_calibration(step.statistics)
         check_needs(entry, found)
@@ -294,19 +302,22 @@ def _layerwise(
     step: Step, source: Path, target: Path, statistics: Path, resume: bool, progress: Progress, how: dict[str, Any]
 ) -> dict[str, Any]:
     entry, _ = build(step.family, step.method, dict(step.options))
-    calibration = None
-    if entry.needs:
+    calibration = text = None
+    if step.sequential:
+        text = _text(step, entry)
+    elif entry.needs:
         if step.statistics is not None:
             calibration = open_calibration(step.statistics)
         elif statistics.is_dir() and open_calibration(statistics).header.progress.get("complete"):
             calibration = open_calibration(statistics)
         else:
             calibration = _calibrated(step, entry, source, statistics, progress, how)
-    keep = step.domain if calibration is not None and step.domain in calibration.header.domains else None
+    apart = calibration is not None and step.domain in calibration.header.domains
+    keep = step.domain if apart or (text is not None and text.by_domain) else None
     report = operate(
         source, target, step.family, step.method, dict(step.options), calibration=calibration, domain=keep,
-        resume=resume and target.with_name(target.name + ".partial").is_dir(), history=read_history(source),
-        progress=progress, **how,
+        sequential=text, resume=resume and target.with_name(target.name + ".partial").is_dir(),
+        history=read_history(source), progress=progress, **how,
     )  # fmt: skip
     if step.statistics is None and statistics.is_dir():
         shutil.rmtree(statistics)
@@ -339,13 +350,18 @@ def _converted(
     return {"bytes_after": report.bytes_after, "read_bytes": report.read_bytes, "stock": report.stock}
 
 
-def _calibrated(step: Step, entry: registry.Entry, source: Path, out: Path, progress: Progress, how: dict[str, Any]) -> Any:
+def _text(step: Step, entry: registry.Entry) -> Text:
+    """What a step is calibrated on."""
     assert step.data is not None
     found = [each for each in read_documents(step.data) if step.domain in (None, each.domain) or step.by_domain]
+    source = step.data if step.domain is None else f"{step.data} ({step.domain})"
     documents = list(select(found, step.max_bytes, None))
-    tiers = sorted({"R0", *entry.needs} - {"D"})
+    return Text(documents, source, step.context, step.by_domain or "D" in entry.needs, step.every)
+
+
+def _calibrated(step: Step, entry: registry.Entry, source: Path, out: Path, progress: Progress, how: dict[str, Any]) -> Any:
+    text, tiers = _text(step, entry), sorted({"R0", *entry.needs} - {"D"})
     return measure(
-        source, documents, out, tiers, by_domain=step.by_domain or "D" in entry.needs, context=step.context,
-        every=step.every, source=step.data if step.domain is None else f"{step.data} ({step.domain})",
-        resume=out.is_dir(), progress=lambda done, total: progress("calibrating", done, total), **how,
+        source, text.documents, out, tiers, by_domain=text.by_domain, context=text.context, every=text.every,
+        source=text.source, resume=out.is_dir(), progress=lambda done, total: progress("calibrating", done, total), **how,
     )  # fmt: skip

@@ -82,6 +82,10 @@ class Rounder(Method):
         self.bits, self.group = bits, group
         self.low, self.high = between(bits)
         self.widths: tuple[int, ...] = (self.low, self.high)
+        if self.low != self.high:
+            self.together = (
+                f"bits {bits:g} gives {self.high} bits to those experts of the whole model that {self.low} hurt most"
+            )
 
     on_grid = True
     """Whether all that is rounded lies on the grids of kernels/low_bits.py."""

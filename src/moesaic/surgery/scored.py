@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from moesaic.surgery.layer import Change, Facts, Layer, Method, count_kept
-from moesaic.surgery.select import check_scope, select
+from moesaic.surgery.select import TOGETHER, check_scope, select
 
 
 class Scored(Method):
@@ -23,6 +23,8 @@ class Scored(Method):
         check_scope(scope)
         self.keep, self.scope = keep, scope
         self.stock = scope == "uniform"
+        if scope == "global":
+            self.together = TOGETHER
 
     def score(self, layer: Layer) -> Tensor:
         """[E], higher is worth more."""

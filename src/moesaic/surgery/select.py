@@ -17,6 +17,8 @@ from moesaic.surgery.layer import Facts, best, count_kept
 
 Scope = Literal["uniform", "global"]
 
+TOGETHER = "scope=global is one ranking of the experts of all layers; with scope=uniform every layer is decided by itself"
+
 
 def check_scope(scope: str) -> None:
     """Raises BadInput for a scope that does not exist."""

@@ -13,7 +13,7 @@ from moesaic.core.registry import register
 from moesaic.surgery.cluster import Groups, dominant
 from moesaic.surgery.layer import Facts, Layer
 from moesaic.surgery.merging import Merger
-from moesaic.surgery.select import check_scope
+from moesaic.surgery.select import TOGETHER, check_scope
 from moesaic.surgery.similarity import check_kind, similarity
 
 
@@ -50,6 +50,8 @@ class MSmoe(Merger):
         if scope == "global" and router == "collapse":
             raise BadInput("scope global: layers then keep unequal numbers, and a collapsed router as few as one: use uniform")
         self.similarity, self.scope = similarity, scope
+        if scope == "global":
+            self.together = TOGETHER
         self.needs |= {"output": {"A1"}, "routed_output": {"R1"}}.get(similarity, set())
 
     def look(self, layer: Layer) -> Tensor | None:

@@ -33,6 +33,7 @@ class MoeI2(Method):
     """
 
     stock = False
+    together = "it shares out what goes over the layers, by their importance"
 
     def __init__(
         self,

@@ -32,6 +32,8 @@ class Reap(Scored):
     def __init__(self, keep: float | int = 0.5, scope: str = "uniform", protect: bool = False) -> None:
         super().__init__(keep, scope)
         self.protect = protect
+        if protect:
+            self.together = self.together or "protect compares the peaks of all layers' experts"
 
     def score(self, layer: Layer) -> Tensor:
         return layer.statistics.mean("gated_norm")

@@ -52,6 +52,7 @@ class EdgeMoe(Rounder):
             raise BadInput(f"high {high}, low {low}: of {', '.join(map(str, known))}; tolerate {tolerate}, error {error!r}")
         self.mean, self.tolerate, self.error = bits, tolerate, error
         self.high, self.low, self.widths = high, low, (low, high)
+        self.together = "" if low == high else "it gives two widths to the experts of the whole model in one order"
 
     def look(self, layer: Layer) -> Any:
         if self.low == self.high:
