@@ -9,6 +9,7 @@ import typer
 from moesaic.cli.common import Debug, Json, single
 from moesaic.cli.options import Context, MaxBytes, Model, Threads, TrustRemoteCode, pairs
 from moesaic.cli.surgical import CalibrationData, Domain, Options, Out, Plan, Resume, Sequential, Statistics, run_family
+from moesaic.core.errors import BadInput
 
 
 def compress(
@@ -20,6 +21,14 @@ def compress(
     data: CalibrationData = None,
     statistics: Statistics = None,
     domain: Domain = None,
+    train_data: Annotated[
+        str | None, typer.Option(help="mc_smoe: text to train on; rows go while the parts learn (instead of --data).")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(help="With --train-data: optimiser steps.")] = None,
+    lr: Annotated[float | None, typer.Option(help="With --train-data: peak learning rate.")] = None,
+    teacher: Annotated[
+        str | None, typer.Option(help="With --train-data: the model to stay near; default: MODEL itself.")
+    ] = None,
     max_bytes: MaxBytes = None,
     context: Context = None,
     sequential: Sequential = False,
@@ -36,14 +45,22 @@ def compress(
     \b
     moesaic compress bundled OUT --method neurons --keep 0.5 --data TEXT
     moesaic compress bundled OUT --method d2_moe --keep 0.5 --data TEXT
+    moesaic compress MERGED OUT --method mc_smoe --keep 0.4 --train-data TEXT --steps 1000 --teacher MODEL
     """
     given: dict[str, Any] = pairs("--options", options)
     if keep is not None:
         given["keep"] = keep
+    learning: dict[str, Any] = {}
+    if train_data is not None:
+        fields = {"steps": steps, "lr": lr}
+        learning = {"texts": {"text": train_data}, "training": {k: v for k, v in fields.items() if v is not None}}
+        learning["teacher"] = teacher
+    elif steps is not None or lr is not None or teacher is not None:
+        raise BadInput("--steps, --lr and --teacher are for training: name a text with --train-data")
     run_family(
         "compress", model, out, method, given, plan=plan, resume=resume, json=json, threads=threads,
         trust_remote_code=trust_remote_code, data=data, statistics=statistics, domain=domain, max_bytes=max_bytes,
-        context=context, sequential=sequential,
+        context=context, sequential=sequential, **learning,
     )  # fmt: skip
 
 

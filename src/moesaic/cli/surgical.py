@@ -78,7 +78,7 @@ def execute(steps: list[Any], model: str, out: Path, resume: bool, threads: int 
         )
 
 
-def trainer(step: Any, source: Path, out: Path | None) -> dict[str, Any]:
+def trainer(step: Any, source: Path, out: Path | None, resume: bool = False) -> dict[str, Any]:
     """A trained step of a recipe, with the project's loop and scorer."""
     from moesaic.cli import trained
 
@@ -92,9 +92,9 @@ def trainer(step: Any, source: Path, out: Path | None) -> dict[str, Any]:
     options = dict(step.options)
     if "answers" in step.texts and "answers" in entry.parameters:
         options["answers"] = True
-    if step.family == "distill":
-        if step.teacher is None:
-            raise BadInput(f"{step.name}: teacher is missing: the model to learn from")
+    if step.family == "distill" and step.teacher is None:
+        raise BadInput(f"{step.name}: teacher is missing: the model to learn from")
+    if step.teacher is not None:
         given["teacher"] = step.teacher
     texts: dict[str, Any] = {}
     for name, path in step.texts.items():
@@ -102,7 +102,7 @@ def trainer(step: Any, source: Path, out: Path | None) -> dict[str, Any]:
         texts[name] = path if name in own_form else trained.of_domain(name, path, step.domain, keep=keep, max_bytes=most)
     return trained.run(
         str(source), out, family=step.family, method=step.method, options=options, texts=texts, held_out={},
-        context=step.context, plan=out is None, **given,
+        context=step.context, plan=out is None, resume=resume, **given,
     )  # fmt: skip
 
 

@@ -35,7 +35,7 @@ def estimate(plan: Plan, step: Step) -> dict[str, Any]:
     tokens, kind = 0.0, 2
     if step.data is not None and step.statistics is None:
         tokens = _tokens(step)
-    if step.training or step.family in ("unlearn", "distill", "edit"):
+    if step.trains:
         given = {"steps": 100, "batch_size": 4, "seq_len": 256, **step.training}
         tokens, kind = float(given["steps"] * given["batch_size"] * given["seq_len"]), TRAINING
     moved = plan.bytes_after * 2 + (plan.bytes_before if tokens else 0)

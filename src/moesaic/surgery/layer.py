@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,6 +19,9 @@ from moesaic.core.errors import BadInput
 from moesaic.trace.calibration.store import LayerStatistics
 from moesaic.view.bank import ExpertWeights
 from moesaic.view.block import Block
+
+if TYPE_CHECKING:
+    from moesaic.surgery.objective import Objective
 
 
 class Facts(NamedTuple):
@@ -186,6 +189,8 @@ class Method:
     """Whether a model of the architecture's own class holds what this method makes, where all blocks end up of one size."""
     needs: frozenset[str] = frozenset()
     """Tiers that these options read beside those that the method is registered with."""
+    remark: str = ""
+    """What a plan should say of it beside what comes out."""
     together = ""
     """Why these options must see all layers before the first is changed; empty where each layer is decided by itself, and
     then `decide` says of one layer what it says of it among all."""
@@ -212,6 +217,13 @@ class Method:
 
     def change(self, layer: Layer, decision: Any) -> Change:
         raise NotImplementedError
+
+    def objective(self) -> Objective | None:
+        """What trains the same result from checkpoint to checkpoint, for a step that is given texts; None where nothing does.
+
+        Raises BadInput for options that do not go with it.
+        """
+        return None
 
 
 def count_kept(facts: Facts, keep: float | int) -> int:

@@ -52,6 +52,8 @@ class Objective:
     """Names of the texts that a batch draws from."""
     needs_text: ClassVar[bool] = True
     """False where a run of no steps makes sense."""
+    takes_reshaped: ClassVar[bool] = False
+    """Whether a model that only `import moesaic` loads (rows that share experts, factors) can be trained so."""
     readers: ClassVar[Mapping[str, Callable[..., Any]]] = {}
     """Texts of another form than documents: name -> reader(path, tokenizer, seq_len), which the loop can draw rows from."""
 
@@ -73,6 +75,16 @@ class Objective:
     def loss(self, model: Any, batch: Batch) -> Tensor:
         """The loss of a batch, a scalar. `batch` holds ids [B, N] by the names in `texts`."""
         raise NotImplementedError
+
+    def stepped(self, done: int) -> None:
+        """Called after every step of the optimiser, with the number of steps done: what must hold in between is put right."""
+
+    def state(self) -> dict[str, Tensor]:
+        """Numbers kept from step to step beside the parameters: what a training that goes on after a kill needs again."""
+        return {}
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        """Take back what `state` gave, after `prepare`."""
 
     def finish(self, model: Any) -> Any:
         """The model to save, after training (or in place of it)."""
@@ -164,4 +176,5 @@ def decoder_layers(model: Any) -> dict[int, nn.Module]:
 
 
 Train = Callable[..., list[float]]
-"""train(model, tokenizer, texts, parameters, *, objective, steps, lr, ..., stop, progress) -> the loss of every step."""
+"""train(model, tokenizer, texts, parameters, *, objective, steps, lr, ..., stop, progress, after, snapshot, state) -> the loss
+of every step."""

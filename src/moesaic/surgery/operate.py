@@ -116,7 +116,7 @@ def plan_step(before: Plan, family: str, name: str, options: dict[str, Any], seq
         raise BadInput(f"{family} {name}: {before.method} leaves what {before.reason}; do this step before it")
     if sequential:
         check_sequential(entry, method, before.model)
-    return _plan(before, entry, method, options)
+    return plan_alone(before, entry, method, options)
 
 
 def check_needs(entry: registry.Entry, calibration: Calibration | None) -> None:
@@ -138,7 +138,8 @@ def check_needs(entry: registry.Entry, calibration: Calibration | None) -> None:
         )
 
 
-def _plan(before: Plan, entry: registry.Entry, method: Method, options: dict[str, Any]) -> Plan:
+def plan_alone(before: Plan, entry: registry.Entry, method: Method, options: dict[str, Any]) -> Plan:
+    """What a built method makes of what the plan before it leaves, whoever loads that."""
     facts = [each._replace(experts=count) for each, count in zip(before.facts, before.experts, strict=True)]
     counts = method.plan(facts)
     stock, reason = method.stock, "the architecture's own class"
@@ -159,6 +160,7 @@ def _plan(before: Plan, entry: registry.Entry, method: Method, options: dict[str
             facts = [
                 each._replace(inner=new.inner, expert_bytes=new.expert_bytes) for each, new in zip(facts, news, strict=True)
             ]
+    reason += f"; {method.remark}" if method.remark else ""
     bank = max(each.experts * each.expert_bytes for each in facts)
     return Plan(
         entry.family, entry.name, options, before.source, facts, counts, stock, reason, before.bytes_after,
@@ -203,7 +205,7 @@ def operate(
             walk = Walk(path, reader, sequential, entry.needs, **how)
         elif calibration is not None:
             _check_calibration(calibration, checkpoint)
-        plan = _plan(_opened(checkpoint), entry, method, options)
+        plan = plan_alone(_opened(checkpoint), entry, method, options)
         check_out(out, checkpoint.folder, plan.bytes_after + (0 if walk is None else walk.disk_bytes))
         work = _Step(checkpoint, method, calibration, walk, domain, progress)
         blocks = work.run(out, plan, resume, list(history))

@@ -26,10 +26,10 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from moesaic.core import registry
 from moesaic.core.documents import data_files, read_documents, select
@@ -44,14 +44,18 @@ from moesaic.surgery.convert import build as build_conversion
 from moesaic.surgery.dense import Dense
 from moesaic.surgery.measure import measure
 from moesaic.surgery.objective import Train
-from moesaic.surgery.operate import LAYERWISE, Plan, Progress, build, check_needs, open_plan, operate, plan_step
+from moesaic.surgery.operate import LAYERWISE, Plan, Progress, build, check_needs, open_plan, operate, plan_alone, plan_step
 from moesaic.surgery.sequential import Text
 from moesaic.surgery.shards import check_out
+from moesaic.surgery.trained import build as build_objective
 from moesaic.trace.calibration import open_calibration
 
 TRAINED = ("unlearn", "distill", "edit")
 FOLDERS = (FAMILY,)
 """Families of which a step takes one model folder or several, and makes another architecture."""
+
+TRAINING_BYTES = 3
+"""What a trained step holds, in checkpoints of bfloat16, about: weights, their float32, gradients."""
 
 CALIBRATION = ("data", "max_bytes", "context", "statistics", "domain", "by_domain", "every")
 
@@ -76,7 +80,8 @@ class Step:
     models: tuple[str, ...] = ()
     """Of upcycle: further models beside the one that the step gets."""
     teacher: str | None = None
-    """Of distill: the model to learn from."""
+    """Of distill and of a compress that trains: the model to learn from. By default that of the recipe, where distill is not
+    its first step."""
     texts: dict[str, str] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)
 
@@ -84,9 +89,16 @@ class Step:
     def name(self) -> str:
         return f"{self.family} {self.method}"
 
+    @property
+    def trains(self) -> bool:
+        """Of one family that is layer-wise otherwise, too, where there is a text to train on."""
+        return self.family in TRAINED or (self.family in LAYERWISE and bool(self.texts or self.training))
 
-Trainer = Callable[[Step, Path, Path | None], dict[str, Any]]
-"""trainer(step, source, out) runs a trained step; with out None it plans it. Returns the report of surgery/trained.py."""
+
+class Trainer(Protocol):
+    """Runs a trained step; with `out` None it plans it. Returns the report of surgery/trained.py."""
+
+    def __call__(self, step: Step, source: Path, out: Path | None, resume: bool = False) -> dict[str, Any]: ...
 
 
 def parse(recipe: Mapping[str, Any], where: str = "recipe", root: Path | None = None) -> list[Step]:
@@ -122,9 +134,9 @@ def _step(number: int, given: Any, shared: dict[str, Any], where: str, root: Pat
         if not isinstance(values["models"], list):
             raise BadInput(f"{here}: models is a list of model folders")
         values["models"] = tuple(_model_path(path, root) for path in values["models"])
-    for key, owner in (("models", FAMILY), ("teacher", "distill")):
-        if values.get(key) and family != owner:
-            raise BadInput(f"{here}: {key} is for a step of {owner}")
+    for key, owners in (("models", (FAMILY,)), ("teacher", ("distill", "compress"))):
+        if values.get(key) and family not in owners:
+            raise BadInput(f"{here}: {key} is for a step of {' or '.join(owners)}")
     if "texts" in values:
         values["texts"] = {name: str(root / path) for name, path in values["texts"].items()}
     known = registry.get(family, method).parameters
@@ -132,8 +144,10 @@ def _step(number: int, given: Any, shared: dict[str, Any], where: str, root: Pat
         if key not in known:
             raise BadInput(f"{here}: {family} {method} has no option {key!r}; it has {', '.join(known) or 'none'}")
     step = Step(family, method, options, **values)
-    if not isinstance(step.sequential, bool) or (step.sequential and family not in LAYERWISE):
-        raise BadInput(f"{here}: sequential is true or false, and for a step of {', '.join(LAYERWISE)}")
+    if step.trains and family in LAYERWISE and build(family, method, dict(options))[1].objective() is None:
+        raise BadInput(f"{here}: {family} {method} does not train; `distill: recover` behind it trains what it leaves")
+    if not isinstance(step.sequential, bool) or (step.sequential and (step.trains or family not in LAYERWISE)):
+        raise BadInput(f"{here}: sequential is true or false, and for a step of {', '.join(LAYERWISE)} that does not train")
     return step
 
 
@@ -145,20 +159,29 @@ def _model_path(path: Any, root: Path) -> str:
 def plan_recipe(model: str | Path, steps: list[Step], trainer: Trainer | None = None, **how: Any) -> list[Plan]:
     """Every step's plan, each on what the one before leaves. Raises BadInput naming the step that cannot apply."""
     plans: list[Plan] = []
+    steps = _taught(model, steps)
     before = _opened(model, steps[0], **how)
     for number, step in enumerate(steps, 1):
         try:
-            if step.family in LAYERWISE:
+            if step.trains:
+                before = _plan_trained(before, step, trainer, Path(before.source) if number == 1 else None)
+            elif step.family in LAYERWISE:
                 before = plan_step(before, step.family, step.method, dict(step.options), step.sequential)
                 _check_text(step)
-            elif step.family in FOLDERS:
-                before = _plan_conversion(model, before, step, first=number == 1, how=how)
             else:
-                before = _plan_trained(before, step, trainer, Path(before.source) if number == 1 else None)
+                before = _plan_conversion(model, before, step, first=number == 1, how=how)
         except BadInput as error:
             raise BadInput(f"step {number} ({step.name}): {error}") from error
         plans.append(before)
     return plans
+
+
+def _taught(model: str | Path, steps: list[Step]) -> list[Step]:
+    """Steps of distill behind the first learn from the recipe's own model, unless they name another."""
+    return [
+        replace(step, teacher=str(model)) if number and step.family == "distill" and step.teacher is None else step
+        for number, step in enumerate(steps)
+    ]
 
 
 def _opened(model: str | Path, first: Step, **how: Any) -> Plan:
@@ -191,7 +214,8 @@ def _documents(step: Step) -> list[Any]:
 def _plan_trained(before: Plan, step: Step, trainer: Trainer | None, source: Path | None) -> Plan:
     if trainer is None:
         raise BadInput("no training loop was given")
-    if not before.stock and step.family != "edit":
+    objective = build_objective(step.family, step.method, step.options)
+    if not before.stock and step.family != "edit" and not objective.takes_reshaped:
         raise BadInput(f"{before.method} leaves what {before.reason}; train before it")
     for name, path in step.texts.items():
         try:
@@ -201,9 +225,15 @@ def _plan_trained(before: Plan, step: Step, trainer: Trainer | None, source: Pat
     facts: dict[str, Any] = {"stock": before.stock, "reason": before.reason}
     if source is not None:
         facts = trainer(step, source, None)
+    after = before.bytes_after
+    if step.family in LAYERWISE:
+        entry, method = build(step.family, step.method, dict(step.options))
+        method.remark = "its parts learn on the text"
+        made = plan_alone(before, entry, method, step.options)
+        after, facts = made.bytes_after, {"stock": made.stock, "reason": made.reason}
     return Plan(
         step.family, step.method, step.options, before.source, before.facts, before.experts, bool(facts["stock"]),
-        str(facts["reason"]), before.bytes_after, before.bytes_after, before.bytes_after * 3, {}, before.model,
+        str(facts["reason"]), before.bytes_after, after, before.bytes_after * TRAINING_BYTES, {}, before.model,
     )  # fmt: skip
 
 
@@ -247,6 +277,7 @@ def run_recipe(
     BadInput before the first step where anything of any step can be known to fail; the input is never touched.
     """
     began, out = time.perf_counter(), Path(out)
+    steps = _taught(model, steps)
     plans = plan_recipe(model, steps, trainer, **how)
     source = plans[0].source
     check_out(out, source, max(plan.bytes_after for plan in plans))
@@ -257,7 +288,7 @@ def run_recipe(
         if number <= len(done):
             continue
         since, target = time.perf_counter(), out if number == len(steps) else work / str(number)
-        if step.family in LAYERWISE:
+        if step.family in LAYERWISE and not step.trains:
             row = _layerwise(step, current, target, work / f"statistics-{number}", resume, progress, how)
         elif step.family in FOLDERS:
             row = _converted(step, current, target, work / f"statistics-{number}", resume, progress, train, how)
@@ -265,7 +296,7 @@ def run_recipe(
             assert trainer is not None
             if target.parent != work:
                 target.parent.mkdir(parents=True, exist_ok=True)
-            report = trainer(step, current, target)
+            report = trainer(step, current, target, resume=resume)
             row = {"bytes_after": report["bytes_after"], "stock": report["stock"], "after": report.get("after", {})}
         rows.append({"method": step.name, "options": step.options, "seconds": time.perf_counter() - since, **row})
         if number < len(steps):

@@ -1,4 +1,5 @@
-"""One trained step, checkpoint in and checkpoint out: what `unlearn`, `distill`, `edit` and a recipe's steps of them call.
+"""One trained step, checkpoint in and checkpoint out: what `unlearn`, `distill`, `edit`, a `compress` with a text to train on,
+and a recipe's steps of them call.
 
 The training loop and the scorer come from outside (training/finetune.py, evaluation/bits_per_byte.py): floor 5 does not
 import its neighbours.
@@ -7,6 +8,7 @@ import its neighbours.
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -18,13 +20,15 @@ import torch
 from moesaic.core import registry
 from moesaic.core.documents import Document, read_documents
 from moesaic.core.errors import BadInput
+from moesaic.core.files import write_atomically
 from moesaic.surgery import attribution
 from moesaic.surgery.card import read_history
+from moesaic.surgery.layer import Method
 from moesaic.surgery.live import check_folder, write
 from moesaic.surgery.objective import Given, Objective, Stage, Train, nats
 from moesaic.view.load import load
 
-FAMILIES = ("unlearn", "distill", "edit")
+FAMILIES = ("unlearn", "distill", "edit", "compress")
 PROBE_EVERY = 2
 """Steps between two looks at the text that `until` is about."""
 
@@ -60,6 +64,11 @@ def build(family: str, method: str, options: Mapping[str, Any]) -> Objective:
         made = entry.build(**options)
     except TypeError as error:
         raise BadInput(f"{family} {method}: {error}; its options are {', '.join(entry.parameters) or 'none'}") from error
+    if isinstance(made, Method):
+        objective = made.objective()
+        if objective is None:
+            raise BadInput(f"{family} {method} does not train: `distill recover` trains what it leaves")
+        return objective
     assert isinstance(made, Objective), f"{family} {method} is no Objective"
     return made
 
@@ -77,6 +86,7 @@ def run_step(
     score: Score | None = None,
     training: Training | None = None,
     teacher: str | Path | None = None,
+    resume: bool | None = None,
     plan: bool = False,
     dtype: str = "auto",
     device: str | None = None,
@@ -87,7 +97,9 @@ def run_step(
 
     Args:
         source: the model that changes. For distill the student: a checkpoint, or a .json file of config fields.
-        teacher: for distill, the checkpoint to learn from.
+        teacher: the checkpoint to learn from; distill needs one, compress takes the model itself without.
+        resume: keep the state of the training in a folder beside `out` while it runs (False), and go on from it where there
+            is one (True); a training that is broken off is lost with None.
         out: the folder to write; not there yet, or empty. None with `plan`.
         train: the loop, as training.finetune.finetune.
         texts: what it trains on, by the names that the method asks for: a path, or documents.
@@ -102,6 +114,9 @@ def run_step(
     training.check()
     if out is not None:
         check_folder(out)
+    work = (
+        None if out is None or plan or resume is None else _work(out, source, family, method, options, training, bool(resume))
+    )
     steps_before = read_history(Path(source))
     found = {name: _documents(name, value, made) for name, value in (texts or {}).items()}
     _check_texts(f"{family} {method}", made, found, plan or not (training.steps or made.needs_text))
@@ -127,21 +142,42 @@ def run_step(
     given = replace(given, texts=found, seq_len=training.seq_len, seed=training.seed, steps=training.steps)
     stop = _stop_text(read.get("forget") or found.get("forget"), training)
     report["steps"] = []
-    for stage in made.stages():
-        model, row = _stage(f"{family} {method}", stage, model, given, training, train, stop, say)
+    for number, stage in enumerate(made.stages()):
+        snapshot = None if work is None else work / f"stage-{number}.safetensors"
+        model, row = _stage(f"{family} {method}", stage, model, given, training, train, stop, say, snapshot)
         report["steps"].append(row)
     report["after"] = _scored(model, tokenizer, read, score)
     report["router_overlap"] = _overlaps(routed, _routed(model, tokenizer, read, context))
     report["bytes_after"] = _bytes(model)
     step |= {"source": str(source), "stages": report["steps"], "bytes_after": report["bytes_after"], "stock": facts["stock"]}
     write(model, tokenizer, out, {"steps": [*steps_before, step]}, _card(report))
+    if work is not None:
+        shutil.rmtree(work)
     report["seconds"] = time.perf_counter() - began
     return report
 
 
+def _work(out: Path, source: Any, family: str, method: str, options: Any, training: Training, resume: bool) -> Path:
+    """The folder of a training under way. Raises BadInput for one that is there and was not asked for, or is another's."""
+    work = out.with_name(out.name + ".training")
+    files = sorted(Path(source).glob("*.safetensors")) if Path(source).is_dir() else []
+    made_of = [str(source), [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in files]]
+    note = json.dumps([made_of, family, method, dict(options or {}), asdict(training)], sort_keys=True, default=str)
+    if (work / "step.json").is_file():
+        if not resume:
+            raise BadInput(f"{work} is of a training that was broken off: pass --resume, or delete it")
+        if (work / "step.json").read_text() != note:
+            raise BadInput(f"{work} was begun with other options or from another model: delete it")
+        return work
+    work.mkdir(parents=True, exist_ok=True)
+    write_atomically(work / "step.json", note)
+    return work
+
+
 def _stage(
-    what: str, stage: Stage, model: Any, given: Given, training: Training, train: Train, stop: Any, say: Callable[[str], None]
-) -> tuple[Any, dict[str, Any]]:
+    what: str, stage: Stage, model: Any, given: Given, training: Training, train: Train, stop: Any, say: Callable[[str], None],
+    snapshot: Path | None,
+) -> tuple[Any, dict[str, Any]]:  # fmt: skip
     """Prepare, train and finish one stage; the model that comes out, and a row of the report."""
     objective, steps, since = stage.objective, round(training.steps * stage.share), time.perf_counter()
     torch.manual_seed(training.seed)
@@ -156,6 +192,7 @@ def _stage(
             objective=objective.loss, steps=steps, lr=training.lr * stage.lr, batch_size=training.batch_size,
             seq_len=training.seq_len, seed=training.seed, stop=stop(model, given.tokenizer),
             progress=lambda step, loss: say(f"step {step}  loss {loss:.3f}") if step % 10 == 0 else None,
+            after=objective.stepped, snapshot=snapshot, state=objective,
         )  # fmt: skip
         row |= {"steps": len(losses), "first_loss": losses[0], "last_loss": losses[-1]}
     model = objective.finish(model)
@@ -164,7 +201,7 @@ def _stage(
 
 def _opened(source: str | Path, teacher: str | Path | None, family: str, how: Mapping[str, Any]) -> tuple[Any, Any, Given]:
     """The model to change, its tokenizer, and the teacher. Raises BadInput where the two do not read alike."""
-    if family != "distill":
+    if teacher is None and family != "distill":
         model, tokenizer = load(source, **how)
         return model, tokenizer, Given(tokenizer)
     if teacher is None:

@@ -18,6 +18,7 @@ from moesaic.core.errors import BadInput
 from moesaic.training.build import build_optimizer
 from moesaic.training.config import TrainConfig, learning_rate
 from moesaic.training.data import PackedTokens, encode
+from moesaic.training.snapshots import Snapshots, Stateful
 
 Text = Any
 """A file or folder, a list of documents, or an object whose `rows(first, count)` gives a tensor or named tensors."""
@@ -39,6 +40,9 @@ def finetune(
     objective: Callable[[Any, dict[str, Tensor]], Tensor] | None = None,
     stop: Callable[[int], bool] = lambda done: False,
     progress: Callable[[int, float], None] = lambda step, loss: None,
+    after: Callable[[int], None] = lambda done: None,
+    snapshot: Path | None = None,
+    state: Stateful | None = None,
 ) -> list[float]:
     """Train `parameters` (the model's others stand still) in place; the loss of every step, in nats per token.
 
@@ -50,6 +54,10 @@ def finetune(
             its `rows` names). By default the model's `loss` for its `labels`, to which a model with balance losses adds
             them, on the one text.
         stop: asked after every step, with the number of steps done; True ends the training there.
+        after: called after every step, with the number of steps done, before `stop`: what the step must not have changed is
+            put right here.
+        snapshot: a file that holds the state of the training now and then; where there is one already, the training goes on
+            from it, with the losses of a whole run. `state` is what else has to be kept in it.
 
     Where the model has `after_step`, it is called. `warmup` is a tenth of the steps by default, the rate then falls as a
     cosine. Raises BadInput for settings or data that do not fit, or a loss that is no number; the weights are then what
@@ -71,7 +79,8 @@ def finetune(
     before = {id(p): p.data.clone() for p in kept}
     everything = list({id(p): p for p in (*model.parameters(), *kept)}.values())
     asked, dtypes = {p: p.requires_grad for p in everything}, {p: p.dtype for p in everything}
-    chosen, was_training, losses = {id(p) for p in kept}, model.training, []
+    chosen, was_training = {id(p) for p in kept}, model.training
+    losses: list[float] = []
     device = kept[0].device
     own = objective is None
     loss_of = _own_loss if objective is None else objective
@@ -82,7 +91,11 @@ def finetune(
                 p.data = p.data.float()
         optimizer = build_optimizer(config, nn.ParameterList(kept))
         model.train()
-        for step in range(steps):
+        keeper = None if snapshot is None else Snapshots(snapshot, kept, optimizer, state)
+        ended = False
+        if keeper is not None:
+            losses, ended = keeper.load()
+        for step in range(steps if ended else len(losses), steps):
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(config, step)
             batch = _batch(rows, step * batch_size, batch_size, device)
@@ -98,7 +111,11 @@ def finetune(
                 model.after_step()
             losses.append(loss.item())
             progress(step, losses[-1])
-            if stop(step + 1):
+            after(step + 1)
+            ended = stop(step + 1) or step + 1 == steps
+            if keeper is not None:
+                keeper.save(losses, ended)
+            if ended:
                 break
     except BaseException:
         for p in kept:

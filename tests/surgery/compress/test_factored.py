@@ -1,7 +1,6 @@
 """Experts as factors: what they compute, what is written, what each method promises."""
 
 import copy
-from itertools import pairwise
 
 import pytest
 import torch
@@ -12,7 +11,7 @@ from moesaic.core.errors import BadInput
 from moesaic.models.reshaped.factored import fill, install
 from moesaic.surgery.compress.d2_moe import D2Moe
 from moesaic.surgery.compress.low_rank import LowRank
-from moesaic.surgery.compress.mc_smoe import McSmoe, cubic
+from moesaic.surgery.compress.mc_smoe import McSmoe
 from moesaic.surgery.compress.moe_i2 import ranks
 from moesaic.surgery.factored import low_rank, moment_of, upright, whitened
 from moesaic.surgery.memory import measure
@@ -197,10 +196,3 @@ def test_mc_smoe_keeps_the_rows_that_matter(make, ids, logits):
     share = sum(change.report["share"] for change in changes) / len(changes)
     assert 0.5 < share <= 0.6 + 1e-6
     assert not torch.equal(logits(model, ids), before)
-
-
-def test_the_cubic_schedule_falls_from_one_to_its_end():
-    shares = [cubic(step, 1000, 0.25) for step in range(1001)]
-    assert shares[0] == shares[99] == 1 and shares[600] == shares[1000] == 0.25
-    assert all(a >= b for a, b in pairwise(shares)) and cubic(350, 1000, 0.25) == pytest.approx(0.34375)
-    assert all(cubic(step, 1000, 1.0) == 1 for step in range(0, 1001, 50))

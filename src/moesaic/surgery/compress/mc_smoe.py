@@ -13,6 +13,8 @@ from moesaic.core.errors import BadInput
 from moesaic.core.registry import register
 from moesaic.surgery.factored import SIDES, Factored, Split, low_rank, stacked, upright
 from moesaic.surgery.layer import Facts, Layer
+from moesaic.surgery.objective import Objective
+from moesaic.surgery.progressive import Progressive
 
 
 @register(
@@ -27,21 +29,38 @@ class McSmoe(Factored):
     """W = L R + S: L R the best rank-r approximation, r = ceil(rho B A / (B + A)); of S the rows of largest importance stay,
     by one threshold over all layers (an expert can lose all of its rows).
 
-    Published, S is pruned while it trains, its importance a moving mean of |S dL/dS| by rows and the share that stays
-    following `cubic`. Here it is pruned at once: dL/dS is dL/dW, so a row's importance is the mean of |S| times the root of
-    the Fisher information of W (tier B), without the recovery training.
+    With a text to train on (`texts`, `training`), as published: L, R and S learn, the importance of S is a moving mean of
+    |S dL/dS| by rows, and the share of rows that stays follows a cubic schedule (`surgery/progressive.py`). The published
+    defaults, rho 0.15 and a quarter of the rows, are about keep=0.4. Without one S is pruned at once: dL/dS is dL/dW, so a
+    row's importance is the mean of |S| times the root of the Fisher information of W (tier B). rho=0 prunes rows alone,
+    rho=keep is low rank alone.
 
     Args:
         keep: share of the experts' bytes that stays: rho of them factors, the others rows.
-        store: "factors" (smaller, needs `import moesaic`) or "dense" (multiplied out: stock, and no smaller).
+        store: "factors" (smaller, needs `import moesaic`) or "dense" (multiplied out: stock, and no smaller; untrained only).
         rho: share of the parameters that factors take; no more than `keep`.
+        beta: in training, of the moving mean.
+        warm_up, cool_down: steps of training before the first row goes, and after the last one went.
+        kd, temperature, task, train: of the training's loss and what learns; see `distill recover`.
     """
 
-    def __init__(self, keep: float = 0.5, store: str = "factors", rho: float = 0.15) -> None:
+    remark = "rows go at once, without the published training: give it a text to train on for that"
+
+    def __init__(
+        self, keep: float = 0.5, store: str = "factors", rho: float = 0.15, beta: float = 0.85, warm_up: int = 100,
+        cool_down: int = 400, kd: float = 0.2, temperature: float = 2.0, task: float = 1.0, train: str = "all",
+    ) -> None:  # fmt: skip
         super().__init__(keep, store)
         if not 0 <= rho <= 1:
             raise BadInput(f"rho {rho}: a share from 0 to 1")
         self.rho = min(rho, self.keep)
+        recovery = {"kd": kd, "temperature": temperature, "task": task, "train": train}
+        self.trained = Progressive(self.rank, self.keep, beta, warm_up, cool_down, **recovery)
+
+    def objective(self) -> Objective:
+        if self.store == "dense":
+            raise BadInput("store=dense: factors that learn are stored as factors; leave it out, or train no more")
+        return self.trained
 
     def rank(self, outputs: int, inputs: int) -> int:
         most = self.keep * outputs * inputs / (outputs + inputs)
@@ -94,12 +113,3 @@ class McSmoe(Factored):
             found.add(factors)
             found.rows.append((index_N, residual_BA[index_N]))
         return found
-
-
-def cubic(step: int, steps: int, final: float, warm_up: int = 100, cool_down: int = 400) -> float:
-    """The share of rows that is kept at a step of training: 1 up to `warm_up`, `final` from `steps - cool_down` on."""
-    if step < warm_up:
-        return 1.0
-    if step >= steps - cool_down:
-        return final
-    return final + (1 - final) * (1 - (step - warm_up) / (steps - warm_up - cool_down)) ** 3
