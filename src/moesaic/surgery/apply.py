@@ -16,6 +16,7 @@ from moesaic.models.reshaped.factored import fill, install
 from moesaic.surgery.layer import Change, Facts
 from moesaic.view.bank import ViewBank
 from moesaic.view.block import Block
+from moesaic.view.shared_rows import share
 
 
 @torch.no_grad()
@@ -26,7 +27,9 @@ def apply(block: Block, change: Change, facts: Facts) -> None:
     Raises BadInput for a router that looks experts up in a table, when rows of it go, and ValueError for a wrong Change.
     """
     change.check(facts)
-    if change.row_ids != list(range(facts.experts)) or change.matrix_RD is not None:
+    held_R = block.row_map
+    change = change.through(None if held_R is None else held_R.tolist())
+    if change.row_ids != list(range(facts.rows)) or change.matrix_RD is not None:
         refuse_tables(block, facts)
     if change.form:
         fill(install(block.experts, change.form), change.bank)
@@ -35,11 +38,10 @@ def apply(block: Block, change: Change, facts: Facts) -> None:
     _router(block, change, facts)
     held, rows = len(change.keep), len(change.row_ids)
     for owner in (block.router, block.parent):
-        _count(owner, facts.experts, rows)
+        _count(owner, facts.rows, rows)
     _count(block.experts, facts.experts, held)
     mapped = None if change.row_to_expert is None else list(change.row_to_expert)
-    if mapped is not None and mapped != list(range(held)):
-        _share(block.experts, torch.tensor(mapped))
+    share(block.experts, None if mapped == list(range(held)) else mapped)
 
 
 def refuse_tables(block: Block, facts: Facts) -> None:
@@ -71,21 +73,21 @@ def row_axis(name: str, tensor: Tensor, facts: Facts, rows: int) -> int | None:
     if vector and tensor.shape[-1] == facts.width and not any(word in name for word in ("bias", "expert")):
         return None
     if vector:
-        return tensor.dim() - 1 if tensor.shape[-1] in (facts.experts, rows) else None
-    return 0 if tensor.dim() == 2 and tensor.shape[0] in (facts.experts, rows) else None
+        return tensor.dim() - 1 if tensor.shape[-1] in (facts.rows, rows) else None
+    return 0 if tensor.dim() == 2 and tensor.shape[0] in (facts.rows, rows) else None
 
 
 def router_rows(block: Block, facts: Facts) -> int:
     """Rows of the router: the experts, and classes of its own behind them ("skip", or shared experts)."""
     for name in ("num_router_classes", "n_total_experts"):
         rows = getattr(block.router, name, None)
-        if isinstance(rows, int) and rows > facts.experts:
+        if isinstance(rows, int) and rows > facts.rows:
             return rows
-    return facts.experts
+    return facts.rows
 
 
 def _router(block: Block, change: Change, facts: Facts) -> None:
-    E, rows, total = facts.experts, change.row_ids, router_rows(block, facts)
+    E, rows, total = facts.rows, change.row_ids, router_rows(block, facts)
     if rows == list(range(E)) and change.matrix_RD is None and change.mix_RE is None and change.shift_R is None:
         return
     bias = matrix = ""
@@ -178,17 +180,3 @@ def _count(owner: Any, old: int, new: int) -> None:
             setattr(owner, name, new)
         elif name in ("num_router_classes", "n_total_experts") and value > old:
             setattr(owner, name, value - old + new)
-
-
-def _share(experts: nn.Module, map_R: Tensor) -> None:
-    """Router rows run the experts of a map: ids are translated before the experts see them."""
-
-    def translate(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        names, values = list(kwargs), [*args, *kwargs.values()]
-        ids_TK = values[1]
-        known = map_R.to(ids_TK.device)
-        inside = (ids_TK >= 0) & (ids_TK < len(known))
-        values[1] = torch.where(inside, known[ids_TK.clamp(0, len(known) - 1)], ids_TK).to(ids_TK.dtype)
-        return tuple(values[: len(args)]), dict(zip(names, values[len(args) :], strict=True))
-
-    experts.register_forward_pre_hook(translate, with_kwargs=True, prepend=True)

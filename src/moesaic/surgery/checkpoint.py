@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from moesaic.core.errors import BadInput
-from moesaic.models.reshaped.classes import Reshaped
+from moesaic.models.reshaped.blocks import plain
+from moesaic.models.reshaped.classes import Reshaped, reshaped_config
 from moesaic.store import Reader
 from moesaic.store.table import Table
 from moesaic.surgery.layer import Facts
@@ -24,7 +25,7 @@ from moesaic.surgery.shapes import facts_of
 from moesaic.view import View
 from moesaic.view.block import Block
 from moesaic.view.discover import expert_parameters
-from moesaic.view.resize import resize
+from moesaic.view.resize import Resized, build, resize
 from moesaic.view.skeleton import load_skeleton
 from moesaic.view.skeleton.fetch import fetch
 from moesaic.view.skeleton.sources import Other, Source
@@ -33,16 +34,11 @@ from moesaic.view.skeleton.sources import Other, Source
 class Checkpoint:
     """`model` is without memory; `sources[i]` says where both matrices of block i's experts lie, `others` the rest."""
 
-    def __init__(self, path: str | Path, reader: Reader, reshaped: bool = False, **how: Any) -> None:
-        """`reshaped`: also one whose blocks differ or share experts. `how`: see `moesaic.load`.
-
-        Raises BadInput for what is no MoE checkpoint of plain or fp8 safetensors.
-        """
+    def __init__(self, path: str | Path, reader: Reader, **how: Any) -> None:
+        """`how`: see `moesaic.load`. Raises BadInput for what is no MoE checkpoint of plain or fp8 safetensors."""
         self.reader = reader
         skeleton = load_skeleton(path, reader, bare=True, **how)
         self.model: Any = skeleton.loaded.model
-        if isinstance(self.model, Reshaped) and not reshaped:
-            raise BadInput(f"{path} is a result of surgery whose blocks differ or share experts: do this step before that one")
         self.tokenizer = skeleton.loaded.tokenizer
         self.table: Table = skeleton.table
         self.folder = self.table.files[0].parent
@@ -69,10 +65,28 @@ class Checkpoint:
         matrices = set(self.matrices[list(self.view).index(block)])
         return [name for name, tensor in self.own.items() if id(tensor) in held and name not in matrices]
 
+    @property
+    def reshaped(self) -> bool:
+        """Whether its blocks differ or share experts: then only a class of ours holds it, and its tensors have our names."""
+        return isinstance(self.model, Reshaped)
+
+    @cached_property
+    def alike(self) -> Any:
+        """A model of the architecture's own class, all of whose blocks are of one size, without memory."""
+        return plain(self.model) if self.reshaped else self.model
+
+    def sized(self, experts: int, inner: int | None = None) -> Resized:
+        """The same model with so many experts in every block, and so wide, without memory. Raises BadInput."""
+        return resize(self.alike, experts=experts, inner=inner)
+
     @cached_property
     def grown(self) -> dict[str, torch.Size]:
-        """Shapes of all tensors in the same model with twice the experts."""
-        made = resize(self.model, experts=2 * self.facts[0].experts).model
+        """Shapes of all tensors in the same model with twice the experts and rows."""
+        if self.reshaped:
+            blocks = {f.name: {"experts": 2 * f.experts, "rows": 2 * f.rows, "map": None} for f in self.facts}
+            made = build(type(self.model), reshaped_config(self.alike.config, blocks))
+        else:
+            made = self.sized(2 * self.facts[0].experts).model
         return {name: tensor.shape for name, tensor in all_tensors(made).items()}
 
     @cached_property

@@ -13,14 +13,13 @@ from moesaic.view.block import Block
 
 
 def edited(checkpoint: Checkpoint, i: int, change: Change, blank: Block, matrix: str | None = None) -> dict[str, Tensor]:
-    """Every tensor of block i by its name, after the change.
+    """Every tensor of block i by its name, after the change (`Change.through` the map of its rows).
 
     Args:
         blank: the block in a model of the new sizes, which may be without memory: it says how experts lie.
         matrix: the name of the router's matrix; needed only where `change.matrix_RD` is given.
     """
     facts, keep = checkpoint.facts[i], list(change.keep)
-    change.check(facts)
     fresh = sorted(change.experts)
     names = checkpoint.matrices[i]
     shapes = [getattr(blank.experts, name.rpartition(".")[2]).shape for name in names]
@@ -51,15 +50,16 @@ def rest(checkpoint: Checkpoint, i: int, change: Change, matrix: str | None) -> 
     facts, found = checkpoint.facts[i], checkpoint.rest(i)
     experts = set(_names_under(checkpoint, i))
     for name, tensor in found.items():
+        before = facts.experts if name in experts else facts.rows
         rows = list(change.keep) if name in experts else change.row_ids
-        if _lists_experts(tensor, facts.experts) and rows != list(range(facts.experts)):
+        if _lists_experts(tensor, before) and rows != list(range(before)):
             raise BadInput(
                 f"{facts.name}: its router looks experts up in a table ({name}), where none can be taken out or merged"
             )
         if name not in checkpoint.per_expert:
             continue
         axis = row_axis(tensor, checkpoint.grown[name])
-        extra = tensor.narrow(axis, facts.experts, tensor.shape[axis] - facts.experts)  # a router's own extra classes
+        extra = tensor.narrow(axis, before, tensor.shape[axis] - before)  # a router's own extra classes
         new = tensor.index_select(axis, torch.tensor(rows))
         if name not in experts and tensor.numel() == tensor.shape[axis]:  # a number per row
             if change.mix_RE is not None:

@@ -76,6 +76,7 @@ class Factored(Method):
             raise BadInput(f"store {store!r}: one of {', '.join(STORES)}")
         self.keep, self.store = float(keep), store
         self.stock = store == "dense" or keep == 1
+        self.factors = not self.stock
 
     def bytes(self, facts: Facts, count: int) -> int:
         whole = super().bytes(facts, count)

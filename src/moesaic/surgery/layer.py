@@ -8,7 +8,7 @@ Shape legend: E experts, F experts afterwards, R router rows afterwards, D model
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -41,6 +41,23 @@ class Facts(NamedTuple):
     expert_bytes: int
     blocks: int
     """MoE blocks in the model."""
+    shared_rows: int = 0
+    """Rows of a router several of which run one expert; 0 where every expert has one of its own."""
+    uneven: bool = False
+    """Whether the model's blocks differ in experts."""
+    at_least: int = 0
+    """Before a step of a recipe has run that says by statistics how many stay: the fewest that may, where `experts` is the
+    mean; 0 where `experts` is known."""
+
+    @property
+    def fewest(self) -> int:
+        """Experts that it has for sure."""
+        return self.at_least or self.experts
+
+    @property
+    def rows(self) -> int:
+        """R: what the router chooses among."""
+        return self.shared_rows or self.experts
 
     @property
     def least(self) -> int:
@@ -153,6 +170,20 @@ class Change:
             found[e] = int(went)
         return found
 
+    def through(self, held_R: Sequence[int] | None) -> Change:
+        """This change, made for a router with a row per expert, for one whose rows run the experts `held_R`.
+
+        Rows go where their expert goes, and stay as they are; whoever shared an expert goes on sharing it.
+        """
+        if held_R is None:
+            return self
+        if self.matrix_RD is not None or self.mix_RE is not None or self.shift_R is not None:
+            raise ValueError("new router rows for a router whose rows share experts")
+        runs = range(len(self.row_ids)) if self.row_to_expert is None else self.row_to_expert
+        new = dict(zip(self.row_ids, runs, strict=True))
+        rows = [row for row, e in enumerate(held_R) if e in new]
+        return replace(self, rows=rows, row_to_expert=[int(new[held_R[row]]) for row in rows])
+
     def check(self, facts: Facts) -> None:
         """Raises ValueError for a change that is not one of this block: a mistake of the method, not of its user."""
         rows, count = self.row_ids, len(self.keep)
@@ -187,6 +218,16 @@ class Method:
 
     stock = True
     """Whether a model of the architecture's own class holds what this method makes, where all blocks end up of one size."""
+    reads_rows = False
+    """Whether it reads or writes the router's rows, one of each expert: then none may share an expert."""
+    drops = False
+    """Whether rows of the router go."""
+    shares = False
+    """Whether rows share experts afterwards."""
+    uneven = False
+    """Whether layers may end with unequal numbers of experts that nobody knows before."""
+    factors = False
+    """Whether experts are factors afterwards."""
     needs: frozenset[str] = frozenset()
     """Tiers that these options read beside those that the method is registered with."""
     remark: str = ""
@@ -229,11 +270,19 @@ class Method:
 def count_kept(facts: Facts, keep: float | int) -> int:
     """How many experts stay for `keep`: a share of them (a float up to 1) or a number; the same in every group.
 
+    Where blocks differ, a share of a small one may be too few: what its router needs stays, and in equal groups.
     Raises BadInput where that is more than there are, or too few for the router.
     """
     if isinstance(keep, float) and not 0 < keep <= 1:
         raise BadInput(f"keep {keep}: a share above 0 and at most 1, or a whole number of experts")
     count = round(facts.experts * keep) if isinstance(keep, float) else int(keep)
+    if facts.uneven and isinstance(keep, float):
+        count = min(facts.experts, max(facts.least, round(count / facts.groups) * facts.groups))
+    if facts.at_least and not isinstance(keep, float) and count > facts.at_least:
+        raise BadInput(
+            f"keep {keep}: the step before leaves {facts.name} as many experts as its statistics say, {facts.at_least} or "
+            f"more: give a share, or at most {facts.at_least}"
+        )
     if count > facts.experts:
         raise BadInput(f"keep {keep}: {facts.name} has {facts.experts} experts (already pruned?)")
     if count % facts.groups:

@@ -18,6 +18,7 @@ from torch import nn
 
 from moesaic.core.documents import Document
 from moesaic.core.errors import BadInput
+from moesaic.models.reshaped.classes import architecture_of
 from moesaic.store import Reader
 from moesaic.surgery.checkpoint import Checkpoint, put
 from moesaic.trace.calibration import Calibration, calibrate
@@ -132,8 +133,8 @@ def _blank(module: nn.Embedding) -> Iterator[None]:
 
 
 def relayable(model_class: Any) -> bool:
-    """Whether models of a class can be taken layer by layer: tried on a tiny random one."""
-    model = tiny.build(model_class)
+    """Whether models of a class can be taken layer by layer: tried on a tiny random one (of its architecture)."""
+    model = tiny.build(architecture_of(model_class))
     blocks = View(model)
     given = tiny.inputs(model, batch=1)
     groups = [[i] for i in range(len(blocks))]

@@ -49,6 +49,8 @@ class Merger(Method):
         check_align(align)
         self.keep, self.router, self.weights, self.align = keep, router, weights, align
         self.stock = router != "map"
+        self.shares, self.drops = router == "map", router == "collapse"
+        self.reads_rows = router == "collapse"
         self.needs = frozenset({"C"} if align == "activation" else ())
 
     def group(self, layer: Layer, members: list[int], count: int) -> tuple[Groups, list[int]]:

@@ -38,6 +38,8 @@ from moesaic.view.resize import Resized, resize
 
 LAYERWISE = ("prune", "merge", "compress", "quantize")
 
+OURS = "needs `import moesaic` before it loads (rows share experts, blocks differ, or experts are no plain matrices)"
+
 Progress = Callable[[str, int, int], None]
 """What is done, how far, of how many."""
 
@@ -60,7 +62,13 @@ class Plan:
     peak_bytes: int
     fields: dict[str, int] = field(default_factory=dict)
     model: Any = None
-    """Without memory, of the sizes that the checkpoint has."""
+    """Without memory, of the architecture's own class, of the inner width that the checkpoint has."""
+    after: list[Facts] = field(default_factory=list)
+    """The blocks that the next step meets, as far as they are known; empty: `facts` with `experts` experts."""
+    reshaped: bool = False
+    """Whether the class that holds it is ours because blocks differ, share experts, or hold factors."""
+    factored: bool = False
+    """Whether experts are factors afterwards."""
 
 
 @dataclass
@@ -102,7 +110,9 @@ def open_plan(path: str | Path, **how: Any) -> Plan:
 def _opened(checkpoint: Checkpoint) -> Plan:
     size, facts = checkpoint.table.nbytes, checkpoint.facts
     experts = [each.experts for each in facts]
-    return Plan("", "", {}, checkpoint.folder, facts, experts, True, "", size, size, 0, {}, checkpoint.model)
+    ours = checkpoint.reshaped
+    reason = OURS if ours else ""
+    return Plan("", "", {}, checkpoint.folder, facts, experts, not ours, reason, size, size, 0, {}, checkpoint.alike, [], ours)
 
 
 def plan_step(before: Plan, family: str, name: str, options: dict[str, Any], sequential: bool = False) -> Plan:
@@ -112,7 +122,12 @@ def plan_step(before: Plan, family: str, name: str, options: dict[str, Any], seq
         raise BadInput(
             f"{family} {name}: there are no experts after {before.family or 'all, in'} {before.method or 'a dense model'}"
         )
-    if not before.stock:
+    if before.factored:
+        raise BadInput(
+            f"{family} {name}: {before.method} leaves experts as factors, which no method reads or rounds: do this step before "
+            f"it, or give {before.method} store=dense, which multiplies them out"
+        )
+    if not before.stock and not before.reshaped:
         raise BadInput(f"{family} {name}: {before.method} leaves what {before.reason}; do this step before it")
     if sequential:
         check_sequential(entry, method, before.model)
@@ -140,21 +155,22 @@ def check_needs(entry: registry.Entry, calibration: Calibration | None) -> None:
 
 def plan_alone(before: Plan, entry: registry.Entry, method: Method, options: dict[str, Any]) -> Plan:
     """What a built method makes of what the plan before it leaves, whoever loads that."""
-    facts = [each._replace(experts=count) for each, count in zip(before.facts, before.experts, strict=True)]
+    facts = before.after or [each._replace(experts=n) for each, n in zip(before.facts, before.experts, strict=True)]
+    check_blocks(method, entry.name, facts)
     counts = method.plan(facts)
-    stock, reason = method.stock, "the architecture's own class"
+    stock, reason = method.stock and before.stock, "the architecture's own class"
     after = sum(method.bytes(each, count) for each, count in zip(facts, counts, strict=True))
     before_bytes = sum(each.experts * each.expert_bytes for each in facts)
     fields: dict[str, int] = {}
-    if not method.stock:
-        reason = "needs `import moesaic` before it loads (rows share experts, blocks differ, or experts are no plain matrices)"
-    else:
+    if not stock:
+        reason = OURS
+    if method.stock:
         inner = method.inner(facts[0])
-        sizes = {"experts": counts[0]} if counts[0] != facts[0].experts else {}
+        sizes = {"experts": counts[0]} if stock and counts[0] != facts[0].experts else {}
         sizes |= {"inner": inner} if inner != facts[0].inner else {}
         resized = resize(before.model, **sizes) if sizes else None
         fields = resized.fields if resized is not None else {}
-        reason += " with other sizes" if fields else ""
+        reason += " with other sizes" if stock and fields else ""
         if resized is not None and "inner" in sizes:  # what a next step of a recipe meets
             news, before = facts_of(View(resized.model)), replace(before, model=resized.model)
             facts = [
@@ -162,10 +178,33 @@ def plan_alone(before: Plan, entry: registry.Entry, method: Method, options: dic
             ]
     reason += f"; {method.remark}" if method.remark else ""
     bank = max(each.experts * each.expert_bytes for each in facts)
+    uneven = method.uneven or facts[0].uneven or len(set(counts)) > 1
+    left = [
+        each._replace(
+            experts=n, uneven=uneven, shared_rows=each.rows if method.shares else each.shared_rows,
+            at_least=min(n, 1 if method.shares else each.least) if method.uneven or each.at_least else 0,
+        )
+        for each, n in zip(facts, counts, strict=True)
+    ]  # fmt: skip
     return Plan(
         entry.family, entry.name, options, before.source, facts, counts, stock, reason, before.bytes_after,
-        before.bytes_after - before_bytes + after, 2 * bank, fields, before.model,
+        before.bytes_after - before_bytes + after, 2 * bank, fields, before.model, left, not stock, method.factors,
     )  # fmt: skip
+
+
+def check_blocks(method: Method, name: str, facts: Sequence[Facts]) -> None:
+    """Raises BadInput for a method that cannot work on blocks whose rows share experts, or differ in number."""
+    for each in facts:
+        if each.shared_rows and method.reads_rows:
+            raise BadInput(
+                f"{name}: it reads a router row of every expert, and those of {each.name} share experts: do this before them, "
+                "or choose a method (or router=map) that leaves rows as they are"
+            )
+        if each.shared_rows and each.groups > 1 and method.drops:
+            raise BadInput(
+                f"{name}: the rows of {each.name} share experts across its router's groups, and without some of them groups "
+                "would be unequal: drop experts before they are merged"
+            )
 
 
 def operate(
@@ -246,7 +285,7 @@ class _Step:
         }  # fmt: skip
         count, self.stock = len(self.checkpoint.facts), plan.stock
         decisions = self._decide(range(count)) if self.walk is None else None
-        resized = resize(self.checkpoint.model, experts=plan.experts[0])
+        resized = self.checkpoint.sized(plan.experts[0])
         shards = Shards(out, self.checkpoint.folder, made_of, count + 1, resume)
         self._others(shards)
         left = [i for i in range(count) if not shards.done(i + 1)]
@@ -261,11 +300,11 @@ class _Step:
         copy_files(self.checkpoint.folder, shards.partial, leave=(MADE, "surgery.json", "README.md"))
         inner = notes[0]["inner"]
         if inner != self.checkpoint.facts[0].inner:
-            resized = resize(self.checkpoint.model, experts=plan.experts[0], inner=inner)
+            resized = self.checkpoint.sized(plan.experts[0], inner)
         config = resized.config
         if not self.stock:
             specs = {facts.name: note["spec"] for facts, note in zip(self.checkpoint.facts, notes, strict=True)}
-            config = reshaped_config(self.checkpoint.model.config, specs)
+            config = reshaped_config(resize(self.checkpoint.alike, inner=inner).config, specs)
         config.save_pretrained(shards.partial)
         self.bytes_after = shards.index()
         self._read_back(shards, [Probe(**note["probe"]) for note in notes])
@@ -348,17 +387,18 @@ class _Step:
             change.check(layer.facts)
             matrix = None if change.matrix_RD is None else self.checkpoint.name_of(layer.router_matrix())
         facts, inner = layer.facts, layer.facts.inner
+        whole = change.through(self._map(i))
         del layer  # and what the method keeps on it
         if change.experts:
             inner = next(iter(change.experts.values()))["down"].shape[1]
         blank = View(resized.model)[i]
         if inner != inner_of(blank) or len(change.keep) != blank.num_experts:
-            resized = resize(self.checkpoint.model, experts=len(change.keep), inner=inner)
+            resized = self.checkpoint.sized(len(change.keep), inner)
             blank = View(resized.model)[i]
         if change.form:
-            made, seen = self._factored(i, change, blank, matrix)
+            made, seen = self._factored(i, whole, blank, matrix)
         else:
-            made = edited(self.checkpoint, i, change, blank, matrix)
+            made = edited(self.checkpoint, i, whole, blank, matrix)
             with put(resized.model, made):
                 seen = probe(blank, made)
         if self.walk is not None:
@@ -373,11 +413,16 @@ class _Step:
             "scores": None if change.scores is None else change.scores.double().tolist(),
             **change.report,
         }
-        notes = {"probe": seen._asdict(), "block": report, "inner": inner, "spec": _spec(change), "names": list(made)}
+        notes = {"probe": seen._asdict(), "block": report, "inner": inner, "spec": _spec(whole), "names": list(made)}
         shards.write(i + 1, self._as_stored(i, made), notes, self.checkpoint.reader)
         if self.walk is not None:
             self.walk.leave(i)
         return resized
+
+    def _map(self, i: int) -> list[int] | None:
+        """Expert of each router row of block i, where several may run one."""
+        held_R = self.checkpoint.view[i].row_map
+        return None if held_R is None else held_R.tolist()
 
     def _factored(self, i: int, change: Change, blank: Block, matrix: str | None) -> tuple[dict[str, Tensor], Probe]:
         """The tensors of a block whose experts become factors, and what it says with them."""
@@ -413,7 +458,7 @@ class _Step:
             self._read_factors_back(shards, probes)
             return
         with Reader("drop") as reader:
-            written = Checkpoint(shards.partial, reader, reshaped=True)
+            written = Checkpoint(shards.partial, reader)
             for i, expected in enumerate(probes):
                 with written.block(i) as block:
                     names = [*written.matrices[i], *written.of_block[i]]
@@ -447,5 +492,6 @@ class _Step:
 def _spec(change: Change) -> dict[str, Any]:
     """What the class that loads a model of unequal blocks must know of one."""
     rows = None if change.row_to_expert is None else [int(e) for e in change.row_to_expert]
-    found = {"experts": len(change.keep), "rows": len(change.row_ids), "map": rows}
+    own = rows == list(range(len(change.keep)))
+    found = {"experts": len(change.keep), "rows": len(change.row_ids), "map": None if own else rows}
     return found | ({"form": change.form} if change.form else {})

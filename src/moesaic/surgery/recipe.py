@@ -225,15 +225,16 @@ def _plan_trained(before: Plan, step: Step, trainer: Trainer | None, source: Pat
     facts: dict[str, Any] = {"stock": before.stock, "reason": before.reason}
     if source is not None:
         facts = trainer(step, source, None)
-    after = before.bytes_after
+    after, left = before.bytes_after, before
     if step.family in LAYERWISE:
         entry, method = build(step.family, step.method, dict(step.options))
         method.remark = "its parts learn on the text"
         made = plan_alone(before, entry, method, step.options)
-        after, facts = made.bytes_after, {"stock": made.stock, "reason": made.reason}
+        after, left, facts = made.bytes_after, made, {"stock": made.stock, "reason": made.reason}
     return Plan(
         step.family, step.method, step.options, before.source, before.facts, before.experts, bool(facts["stock"]),
         str(facts["reason"]), before.bytes_after, after, before.bytes_after * TRAINING_BYTES, {}, before.model,
+        left.after, left.reshaped, left.factored,
     )  # fmt: skip
 
 

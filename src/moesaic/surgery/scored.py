@@ -19,10 +19,13 @@ class Scored(Method):
         scope: "uniform" (as many in every layer) or "global" (one ranking of the whole model, so that layers differ).
     """
 
+    drops = True
+
     def __init__(self, keep: float | int = 0.5, scope: str = "uniform") -> None:
         check_scope(scope)
         self.keep, self.scope = keep, scope
         self.stock = scope == "uniform"
+        self.uneven = scope == "global"
         if scope == "global":
             self.together = TOGETHER
 

@@ -51,7 +51,7 @@ def global_counts(
     scores: Sequence[Tensor], blocks: Sequence[Facts], total: int, protected: Sequence[Sequence[int]]
 ) -> list[int]:
     """How many experts each layer keeps when `total` of the whole model stay; never more than `total`."""
-    counts = [facts.least for facts in blocks]
+    counts = [min(facts.least, facts.experts) for facts in blocks]
     units = []
     for number, (score_E, facts) in enumerate(zip(scores, blocks, strict=True)):
         score_E = score_E.double().clone()

@@ -18,7 +18,7 @@ CHOSEN = ("topk_group",)
 
 def facts_of(view: View) -> list[Facts]:
     """The numbers of every block of a model, which may be without memory."""
-    found = []
+    found, uneven = [], len({block.num_experts for block in view}) > 1
     for number, block in enumerate(view):
         groups = _number(block, view.model, GROUPS)
         chosen = _number(block, view.model, CHOSEN)
@@ -26,6 +26,7 @@ def facts_of(view: View) -> list[Facts]:
             Facts(
                 number, block.name, block.layer, block.num_experts, top_k_of(block, view.model), groups,
                 chosen if groups > 1 else 1, block.bank.width, inner_of(block), block.expert_bytes, len(view),
+                0 if block.row_map is None else block.rows, uneven,
             )
         )  # fmt: skip
     return found

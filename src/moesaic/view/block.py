@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from moesaic.core.errors import BadInput, NotMoE
 from moesaic.core.routing import Routing
-from moesaic.view import discover, implementation, tap
+from moesaic.view import discover, implementation, shared_rows, tap
 from moesaic.view.bank import ViewBank
 from moesaic.view.policy import Policy, resolve
 from moesaic.view.rerun import ids_at
@@ -56,6 +56,17 @@ class Block:
     @property
     def num_experts(self) -> int:
         return self.experts.down_proj.shape[0]
+
+    @property
+    def row_map(self) -> Tensor | None:
+        """Expert of each router row, int64 [R], in a block whose rows share experts; None where row r runs expert r."""
+        return shared_rows.map_of(self.experts)
+
+    @property
+    def rows(self) -> int:
+        """R: what the router chooses among, shared experts and null classes not counted."""
+        held = getattr(self.experts, shared_rows.MAP, None)
+        return self.num_experts if held is None else len(held)
 
     @property
     def width(self) -> int:
@@ -160,6 +171,9 @@ class Block:
         at = ids_at(output)
         ids_TK = output[at]
         weights = next(p for p in output if isinstance(p, Tensor) and p.is_floating_point() and p.shape == ids_TK.shape)
+        held_R = self.row_map
+        if held_R is not None:
+            ids_TK, weights = shared_rows.once(ids_TK, weights, held_R, skips=True)
         return self._tap.routing(ids_TK, weights, output)
 
     def on_route(self, fn: Callable[[Routing, Block], Routing | None]) -> tap.Handle:

@@ -57,8 +57,13 @@ def expert_parameters(model: nn.Module) -> dict[str, tuple[int, int]]:
     for block, place in enumerate(find(model)):
         experts: Any = place.experts
         if not {"down_proj", "gate_up_proj", "up_proj"} & set(experts._parameters):
+            if hasattr(experts, "factors"):
+                raise BadInput(
+                    f"{place.name}: its experts are factors: they run from memory as they are, and are not packed, rounded, "
+                    "streamed or operated on again; do that before, or make them with store=dense, which multiplies them out"
+                )
             raise BadInput(
-                f"{place.name}: its experts are factors, or a bank of a moesaic layer; packing, quantising and streaming know "
+                f"{place.name}: its experts are a bank of a moesaic layer; packing, quantising and streaming know "
                 "transformers' own layout only"
             )
         for which, matrix in enumerate(("gate_up_proj" if experts.has_gate else "up_proj", "down_proj")):

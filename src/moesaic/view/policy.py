@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from moesaic.core.errors import BadInput
+from moesaic.view.shared_rows import per_row
 
 VALUES = ("k", "mask", "without", "bias", "force", "rank", "logits", "probs", "threshold")
 """Fields of a policy that are a value per block."""
@@ -82,7 +83,7 @@ class Policy:
 
 @dataclass(frozen=True)
 class Choice:
-    """A policy resolved for one block."""
+    """A policy resolved for one block. E: the rows of its router, where several of them run one expert."""
 
     k: int | None = None
     allow_E: Tensor | None = None
@@ -187,7 +188,9 @@ def _resolve_block(policy: Policy, block: Any, index: int, count: int) -> Choice
             raise BadInput(f"policy force: {block.name} takes ids [T, K] or [K] within 0 to {experts - 1}")
         if force_TK.dim() == 1 and len(force_TK.unique()) < len(force_TK):
             raise BadInput("policy force: an expert stands in it twice")
-    usable = experts if allow_E is None else int(allow_E.sum())
+    held_R = block.row_map  # from here on what the router ranks: its rows, of which several may run one expert
+    allow_E = per_row(allow_E, held_R)
+    usable = block.rows if allow_E is None else int(allow_E.sum())
     rank = number(policy.rank, "rank", int, lambda n: 1 <= n <= usable, f"1 to {usable}, the experts it can rank")
     if rank is not None and (k is not None or force_TK is not None):
         raise BadInput("policy: rank says which one expert a token takes: leave k and force out")
@@ -201,9 +204,17 @@ def _resolve_block(policy: Policy, block: Any, index: int, count: int) -> Choice
             raise BadInput("policy: probs replace what logits add to: leave one out")
         if bool((probs_E < 0).any()) or not abs(float(probs_E.detach().sum()) - 1) <= 1e-3:
             raise BadInput(f"policy probs: those for {block.name} must not be negative, and sum to 1")
+    bias_E = row(policy.bias, "bias", torch.float32)
+    if held_R is not None:
+        count_E = torch.bincount(held_R, minlength=experts)
+        probs_E = None if probs_E is None else probs_E / count_E
+        logits_E, probs_E, bias_E = (per_row(values_E, held_R) for values_E in (logits_E, probs_E, bias_E))
+        if force_TK is not None:
+            first_E = torch.tensor([int((held_R == e).nonzero()[0]) for e in range(experts)])
+            force_TK = first_E[force_TK]
     threshold = number(policy.threshold, "threshold", float, lambda share: 0 <= share <= 1, "a share from 0 to 1")
     choice = Choice(
-        k, allow_E, row(policy.bias, "bias", torch.float32), force_TK, rank, logits_E, probs_E, threshold, policy.fn,
+        k, allow_E, bias_E, force_TK, rank, logits_E, probs_E, threshold, policy.fn,
         policy.at,
     )  # fmt: skip
     if choice.selects and block.router is None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from moesaic.kernels.quantized import QuantizedBank
 from moesaic.kernels.stack_step import LayerStep, StackStep
-from moesaic.view import implementation
+from moesaic.view import implementation, shared_rows
 from moesaic.view.quick_attention import current_step, one_more
 from moesaic.view.quick_router import quick_convention
 
@@ -160,6 +160,8 @@ def _layer_step(layer: Any) -> LayerStep | None:
         or not getattr(experts, "has_gate", False)
     ):
         return None
+    if getattr(experts, shared_rows.MAP, None) is not None:
+        return None  # the router's ids are of rows
     held = getattr(experts, implementation.STREAMED, None)
     bank = getattr(held, "bank", None)
     if held is not None and not isinstance(bank, QuantizedBank):

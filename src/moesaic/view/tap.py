@@ -18,7 +18,7 @@ from torch.utils.hooks import RemovableHandle
 
 from moesaic.core.errors import BadInput
 from moesaic.core.routing import Routing
-from moesaic.view import implementation
+from moesaic.view import implementation, shared_rows
 from moesaic.view.policy import Choice as PolicyChoice
 from moesaic.view.rerun import ids_at, rerun
 from moesaic.view.slots import below, empty, token_major
@@ -203,7 +203,7 @@ class Tap:
         """Scores [T, E] in what the router returned (raw, or the log of its probabilities); None where it holds none."""
         first = output[0] if isinstance(output, tuple | list) and output else output
         first = first.logits_TE if isinstance(first, Routing) else first
-        num_experts = self.block.num_experts
+        num_experts, held_R = self.block.rows, self.block.row_map
         if not isinstance(first, Tensor) or not first.is_floating_point() or first.shape[-1] < num_experts:
             return None
         scores_TE = first.reshape(-1, first.shape[-1])[:, :num_experts]
@@ -211,7 +211,8 @@ class Tap:
             rows = scores_TE.detach().float()
             sums_to_one = (rows >= 0).all() and torch.allclose(rows.sum(1), torch.ones_like(rows[:, 0]), atol=1e-3)
             self.scores = "probabilities" if sums_to_one and num_experts > 1 else "router"
-        return scores_TE.log() if self.scores == "probabilities" else scores_TE
+        scores_TE = scores_TE.log() if self.scores == "probabilities" else scores_TE
+        return scores_TE if held_R is None else shared_rows.of_experts(scores_TE, held_R)
 
     def _rows(self) -> Rows | None:
         return (active.get() or {}).get(self.view_key)
@@ -237,7 +238,7 @@ class Tap:
         outputs = []
         for choices in rows.choices:
             choice = choices[self.index]
-            steered = rerun(module, args, kwargs, output, choice, self.block.num_experts) if choice.selects else output
+            steered = rerun(module, args, kwargs, output, choice, self.block.rows) if choice.selects else output
             outputs.append(steered)
         if policy_T is None:
             return outputs[0]

@@ -1,7 +1,7 @@
 """Give the blocks of a model their own numbers of experts and router rows, and let rows share experts.
 
 A block of F experts is taken from a model of the same architecture that has F in all its blocks, so that no module is rebuilt
-by hand. Shape legend: F experts, R router rows, T tokens, K slots.
+by hand.
 """
 
 from __future__ import annotations
@@ -9,12 +9,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from moesaic.core.errors import BadInput
 from moesaic.models.reshaped.factored import install
 from moesaic.view.discover import Found, find
 from moesaic.view.resize import resize
+from moesaic.view.shared_rows import share
 
 
 def reshape(model: Any, blocks: dict[str, dict[str, Any]]) -> None:
@@ -24,11 +25,11 @@ def reshape(model: Any, blocks: dict[str, dict[str, Any]]) -> None:
         if name not in found:
             raise BadInput(f"config.json: surgery names a block {name!r}; this architecture has {', '.join(found)}")
     made: dict[int, dict[str, Found]] = {}
-    plain = _plain(model)
+    bare = plain(model)
 
     def sized(count: int) -> dict[str, Found]:
         if count not in made:
-            made[count] = {block.name: block for block in find(resize(plain, experts=count).model)}
+            made[count] = {block.name: block for block in find(resize(bare, experts=count).model)}
         return made[count]
 
     modules = dict(model.named_modules())
@@ -51,10 +52,15 @@ def reshape(model: Any, blocks: dict[str, dict[str, Any]]) -> None:
         if spec.get("form") is not None:
             install(_experts(new), spec["form"])
         if spec.get("map") is not None:
-            _share(_experts(new), [int(e) for e in spec["map"]], rows, experts)
+            held = [int(e) for e in spec["map"]]
+            if len(held) != rows or not 0 <= min(held) <= max(held) < experts:
+                raise BadInput(
+                    f"config.json: surgery maps {len(held)} of {rows} rows to experts up to {max(held)} of {experts}"
+                )
+            share(_experts(new), held)
 
 
-def _plain(model: Any) -> Any:
+def plain(model: Any) -> Any:
     """A stand-in of the architecture's own class, to be resized: type and configuration."""
     from transformers import AutoModelForCausalLM
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -68,27 +74,3 @@ def _plain(model: Any) -> Any:
 
 def _experts(parent: nn.Module) -> nn.Module:
     return next(find(parent)).experts
-
-
-def _share(experts: nn.Module, held: list[int], rows: int, count: int) -> None:
-    """Rows run the experts of a map; a token that chose two rows of one expert has it at the sum of both weights."""
-    if len(held) != rows or not 0 <= min(held) <= max(held) < count:
-        raise BadInput(f"config.json: surgery maps {len(held)} of {rows} rows to experts up to {max(held)} of {count}")
-
-    def translate(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        names, values = list(kwargs), [*args, *kwargs.values()]
-        values[1], values[2] = once(values[1], values[2], held)
-        return tuple(values[: len(args)]), dict(zip(names, values[len(args) :], strict=True))
-
-    experts.register_forward_pre_hook(translate, with_kwargs=True, prepend=True)
-
-
-def once(ids_TK: Tensor, weights_TK: Tensor, held: list[int]) -> tuple[Tensor, Tensor]:
-    """Rows to experts by a list; a repeated expert's weights go to its first slot, the others keep the id at weight 0."""
-    known = torch.tensor(held, device=ids_TK.device)
-    inside = (ids_TK >= 0) & (ids_TK < len(known))
-    new_TK = torch.where(inside, known[ids_TK.clamp(0, len(known) - 1).long()].to(ids_TK.dtype), ids_TK)
-    same_TKK = (new_TK[:, :, None] == new_TK[:, None, :]) & inside[:, :, None]
-    first_TK = same_TKK.int().argmax(-1) == torch.arange(ids_TK.shape[1], device=ids_TK.device)
-    sums_TK = (same_TKK.to(weights_TK.dtype) * weights_TK[:, None, :]).sum(-1)
-    return new_TK, torch.where(inside, torch.where(first_TK, sums_TK, torch.zeros_like(sums_TK)), weights_TK)

@@ -57,6 +57,16 @@ class Reshaped:
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         reshape(self, config.surgery["blocks"])
 
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        return architecture_of(cls)._can_set_experts_implementation()  # transformers looks into the file of the class
+
+
+def architecture_of(model_class: Any) -> Any:
+    """The architecture's own class of a reshaped one; any other as it is."""
+    mixed = next((each for each in model_class.__mro__ if Reshaped in each.__bases__), None)
+    return model_class if mixed is None else mixed.__bases__[1]
+
 
 @cache
 def model_class(base: Any, config: Any) -> Any:

@@ -42,10 +42,10 @@ class D2Moe(Factored):
 
     def plan(self, blocks: Sequence[Facts]) -> list[int]:
         for facts in blocks:
-            if self.keep * facts.experts < 1:
+            if self.keep * facts.fewest < 1:
                 raise BadInput(
-                    f"keep {self.keep}: the base alone takes 1/{facts.experts} of {facts.name}: "
-                    f"keep {1 / facts.experts:.3f} or more"
+                    f"keep {self.keep}: the base alone takes 1/{facts.fewest} of {facts.name}: "
+                    f"keep {1 / facts.fewest:.3f} or more"
                 )
         return super().plan(blocks)
 

@@ -50,6 +50,8 @@ class MSmoe(Merger):
         if scope == "global" and router == "collapse":
             raise BadInput("scope global: layers then keep unequal numbers, and a collapsed router as few as one: use uniform")
         self.similarity, self.scope = similarity, scope
+        self.uneven = scope == "global"
+        self.reads_rows |= similarity == "router_rows"
         if scope == "global":
             self.together = TOGETHER
         self.needs |= {"output": {"A1"}, "routed_output": {"R1"}}.get(similarity, set())

@@ -39,6 +39,8 @@ class Dern(Method):
         rounds: of the clustering, at most.
     """
 
+    drops = True
+
     def __init__(
         self,
         keep: float | int = 0.5,
@@ -51,6 +53,7 @@ class Dern(Method):
         if rounds < 1:
             raise BadInput(f"rounds {rounds}: at least 1")
         self.keep, self.alpha, self.gate, self.normalise, self.rows, self.rounds = keep, alpha, gate, normalise, rows, rounds
+        self.reads_rows = rows
 
     def plan(self, blocks: Sequence[Facts]) -> list[int]:
         return [count_kept(facts, self.keep) for facts in blocks]

@@ -28,6 +28,7 @@ class LayerDrop(Method):
     """
 
     stock = False
+    drops = uneven = True
     together = "it drops the layers that change their input least, compared with all others"
 
     def __init__(self, drop: float | int = 0.25) -> None:

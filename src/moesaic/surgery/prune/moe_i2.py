@@ -33,6 +33,7 @@ class MoeI2(Method):
     """
 
     stock = False
+    drops = uneven = True
     together = "it shares out what goes over the layers, by their importance"
 
     def __init__(
@@ -75,7 +76,7 @@ class MoeI2(Method):
         if any(facts.groups != groups for facts in blocks):
             raise BadInput("moe_i2: the layers' routers have different groups; prune them alike instead")
         drop = sum(facts.experts - count_kept(facts, self.keep) for facts in blocks)
-        limits = [(facts.experts - facts.least) // groups for facts in blocks]
+        limits = [max(facts.experts - facts.least, 0) // groups for facts in blocks]
         inverse = [1 / max(value, 1e-12) for value in importance]
         lost = apportion(drop // groups, inverse, limits)
         return [facts.experts - groups * number for facts, number in zip(blocks, lost, strict=True)]

@@ -28,6 +28,8 @@ class Naee(Method):
         tokens: tokens to compare on, evenly taken from the features; their outputs of all experts are held in memory.
     """
 
+    drops = True
+
     def __init__(self, keep: float | int = 0.75, most: int = 1000, tokens: int = 1024) -> None:
         if most < 1 or tokens < 1:
             raise BadInput(f"most {most}, tokens {tokens}: at least one of each")

@@ -15,5 +15,7 @@ CARD = "surgery-and-steering.md#one-shot-expert-scores"
 class RouterNorm(Scored):
     """The length of the router's row for e. Reads no text; needs a router that is a matrix with a row per expert."""
 
+    reads_rows = True
+
     def score(self, layer: Layer) -> Tensor:
         return layer.rows_ED.norm(dim=1)
