@@ -55,7 +55,10 @@ def check_sequential(entry: Entry, method: Method, model: Any) -> None:
     if not entry.needs:
         raise BadInput(f"{what}: it reads no text, so nothing changes from layer to layer: leave sequential out")
     if "B" in entry.needs:
-        raise BadInput(f"{what}: it reads gradients, which come from the whole model at once: leave sequential out")
+        raise BadInput(
+            f"{what}: it reads gradients (tier B), which come from the whole model at once: leave sequential out, or choose "
+            "options that read none"
+        )
     if method.together:
         raise BadInput(f"{what}: {method.together}: leave sequential out, or choose options that decide layer by layer")
     if not relayable(type(model)):
