@@ -1,8 +1,8 @@
 """Surgery in memory: measure a live model, change it in place, and the methods that must measure again in between.
 
 The out-of-core run looks at every layer once, on statistics of the untouched model. Two published procedures cannot: a
-progressive one calibrates a layer with the layers before it already changed, an iterative one drops a few experts per round
-and measures anew. Both are here, for any method. Shape legend: B batch, N tokens of a row.
+progressive one calibrates a layer with the layers before it already changed (out of core: surgery/sequential.py), an iterative
+one drops a few experts per round and measures anew. Both are here, for any method. Shape legend: B batch, N tokens of a row.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ class Naee(Method):
 
     Exhaustive while the sets are at most `most`; beyond that, greedy: the cheapest expert goes, one after another. Layer by
     layer on the untouched model's features; the progressive variant, which needs a layer's features with the layers before
-    it already pruned, is `moesaic.surgery.memory.progressively` with this method. An expert's outputs are computed once for
+    it already pruned, is this method with `sequential` (surgery/sequential.py). An expert's outputs are computed once for
     all sets. The report gives the error, and for top-2 routers the median of w2 / w1 as `skip_beta`: skip the second expert
     where w2 < beta w1, which is the routing policy `threshold = skip_beta / (1 + skip_beta)`.
 
