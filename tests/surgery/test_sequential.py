@@ -119,6 +119,18 @@ def test_as_the_live_model_for_more_methods(name, family, method, options, saved
     as_the_twin(saved(name), texts, family, method, options)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "before", [("merge", "m_smoe", {"keep": 0.5, "scope": "uniform"}), ("prune", "random", {"keep": 0.5, "scope": "global"})]
+)
+@pytest.mark.parametrize("step", [("quantize", "gptq", {"bits": 3, "group": 32, "least": 4}), ("prune", "ean", {"keep": 0.75})])
+def test_behind_a_step_whose_blocks_share_experts_or_differ(before, step, saved, texts):
+    folder = saved("mixtral")
+    text = Text(texts, context=CONTEXT) if build(*before)[0].needs else None
+    operate(folder, folder.with_name("before"), *before, sequential=text)
+    as_the_twin(folder.with_name("before"), texts, *step)
+
+
 def test_statistics_are_of_the_changed_model(saved, texts):
     folder, options = saved("mixtral"), {"bits": 2, "group": 32, "least": 1}
     entry, _ = build("quantize", "gptq", options)
