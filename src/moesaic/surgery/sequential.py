@@ -68,7 +68,10 @@ def check_sequential(entry: Entry, method: Method, model: Any) -> None:
 
 
 class Walk:
-    """One way through the decoder: for i = 0, 1, ... `measure(i)`, `go_on(i, ...)`, and `leave(i)` once block i is written."""
+    """One way through the decoder: for i = 0, 1, ... `measure(i)`, `go_on(i, ...)`, and `leave(i)` once block i is written.
+
+    It has a skeleton of its own, in which blocks take the shapes that they were changed to.
+    """
 
     def __init__(self, path: str | Path, reader: Reader, text: Text, tiers: Iterable[str], **how: Any) -> None:
         """Raises BadInput for a model without a tokenizer, and for no text."""

@@ -28,7 +28,8 @@ TOKENS = ("routed", "gated", "all")
 )
 class Gptq(Rounder):
     """Least error on the inputs of each expert, gate and up by the second moment of x, down by that of h (of the expert as it
-    was). An expert with fewer than `least` tokens is rounded to nearest instead.
+    was). An expert with fewer than `least` tokens is rounded to nearest instead. Published, a layer's inputs are those that the
+    layers before it give once they are rounded: with `sequential`; without, they are the untouched model's.
 
     Args:
         bits: mean bits per weight of an expert, without scales.
