@@ -135,9 +135,7 @@ class Walk:
                 stop=True,
             )
             stack.enter_context(collector)
-            self._read(
-                collector, lambda done: progress(2 * i * self.tokens + done, 2 * len(self.checkpoint.view) * self.tokens)
-            )
+            self._read(collector, lambda done: progress(2 * i * self.tokens + done, self._total))
         save_state(self.folder, self.header, f"state-{i}", {i: collector.sums[i]})
         return Calibration(self.folder, self.header)
 
@@ -150,9 +148,13 @@ class Walk:
         block = self.checkpoint.view[i]
         apply(block, change, self.checkpoint.facts[i])  # without memory: shapes, counts and forms
         with self.pages.group(self.relay, i, made), self.relay.group(i):
-            total = 2 * len(self.checkpoint.view) * self.tokens
-            self._read(None, lambda done: progress((2 * i + 1) * self.tokens + done, total))
+            self._read(None, lambda done: progress((2 * i + 1) * self.tokens + done, self._total))
         block.experts.to("meta")  # factors came with the change
+
+    @property
+    def _total(self) -> int:
+        """Tokens of all passes: behind the last block nothing runs again."""
+        return (2 * len(self.checkpoint.view) - 1) * self.tokens
 
     def leave(self, i: int) -> None:
         """What entered block i is not needed any more."""
