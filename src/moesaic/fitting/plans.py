@@ -7,7 +7,7 @@ experts misses and reads from disk. Quality is never predicted, only measured. L
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -51,6 +51,8 @@ class Candidate:
     expert_bytes: int = 0
     predicted: float = 0.0
     """Tokens per second."""
+    scope: str = "uniform"
+    """Of pruning: "global" ranks the experts of the whole model, so that layers keep unequal numbers (`import moesaic`)."""
 
     @property
     def exact(self) -> bool:
@@ -58,14 +60,25 @@ class Candidate:
 
     @property
     def name(self) -> str:
-        words = [f"{self.method} to {self.keep:.0%}"] if self.method else []
+        scope = " over all layers" if self.scope == "global" else ""
+        words = [f"{self.method}{scope} to {self.keep:.0%}"] if self.method else []
         words += [f"{self.bits:g} bits" + (" on average" if self.bits in MIXED else "")] if self.bits < 16 else []
         words += ["streamed"] if self.resident < 1 else []
         return ", ".join(words) or "as it is"
 
     @property
     def options(self) -> dict[str, Any]:
-        return {"keep": self.keep, **({"router": "collapse", "scope": "uniform"} if self.method.startswith("merge") else {})}
+        found: dict[str, Any] = {"keep": self.keep}
+        if self.method.startswith("merge"):
+            found |= {"router": "collapse", "scope": self.scope}
+        elif self.scope != "uniform":
+            found["scope"] = self.scope
+        return found
+
+    @property
+    def label(self) -> str:
+        """Of the folder that it is built in, before any packing."""
+        return f"{self.method.split()[1]}{'-global' * (self.scope == 'global')}-{self.keep:g}" if self.method else "whole"
 
 
 @dataclass(frozen=True)
@@ -90,23 +103,25 @@ class Model:
 
 def candidates(model: Model, machine: Machine, memory: int, lossy: bool = True) -> list[Candidate]:
     """Every plan whose weights fit `memory`, fastest first by prediction; only exact ones without `lossy`."""
-    ways: list[tuple[str, float, float]] = [("", 1.0, 16)]
+    ways: list[tuple[str, float, float, str]] = [("", 1.0, 16, "uniform")]
     if lossy:
-        ways += [("", 1.0, bits) for bits in (*BITS, *MIXED)]
+        ways += [("", 1.0, bits, "uniform") for bits in (*BITS, *MIXED)]
         for keep in KEEPS:
             if all(max(f.least, 1) <= round(f.experts * keep) and round(f.experts * keep) % f.groups == 0 for f in model.facts):
-                ways += [("prune reap", keep, bits) for bits in (16, 8, 4, *MIXED)]
-                ways += [("merge m_smoe", keep, bits) for bits in (16, 4)]
-            ways += [("compress neurons", keep, bits) for bits in (16, 4)]
+                ways += [("prune reap", keep, bits, "uniform") for bits in (16, 8, 4, *MIXED)]
+                if len(model.facts) > 1:
+                    ways += [("prune reap", keep, bits, "global") for bits in (16, 8, 4)]
+                ways += [("merge m_smoe", keep, bits, "uniform") for bits in (16, 4)]
+            ways += [("compress neurons", keep, bits, "uniform") for bits in (16, 4)]
     found = []
-    for method, keep, bits in ways:
+    for method, keep, bits, scope in ways:
         size = round(model.expert_bytes * keep * model.share(bits))
         resident = min(1.0, (memory - model.other_bytes) / size)
         if resident < LEAST_CACHE:
             continue
         held = model.other_bytes + round(resident * size)
-        made = Candidate(method, keep, bits, resident, held, size)
-        found.append(Candidate(method, keep, bits, resident, held, size, predict(model, machine, made)))
+        made = Candidate(method, keep, bits, resident, held, size, scope=scope)
+        found.append(replace(made, predicted=predict(model, machine, made)))
     return sorted(found, key=lambda each: -each.predicted)
 
 
@@ -144,7 +159,7 @@ def promising(found: Sequence[Candidate], most: int) -> list[Candidate]:
     groups: dict[tuple[str, bool], list[Candidate]] = {}
     for each in found:
         if not each.exact:
-            name = each.method or ("mixed" if each.bits in MIXED else "")
+            name = f"{each.method} {each.scope}" if each.method else "mixed" if each.bits in MIXED else ""
             groups.setdefault((name, each.resident < 1), []).append(each)
     for _, group in sorted(groups.items(), key=lambda item: item[0][1]):  # resident ones first
         chosen.append(max(group, key=lambda each: (each.keep * each.bits, each.predicted)))

@@ -44,12 +44,12 @@ class Trials:
         folder = self.model
         if plan.method:
             family, method = plan.method.split()
-            folder = self.work / f"{method}-{plan.keep:g}"
+            folder = self.work / plan.label
             if not folder.is_dir():
                 known = self.calibrate(self.model)
                 operate(self.model, folder, family, method, plan.options, calibration=known, resume=_left(folder))
         if plan.bits < 16 or plan.resident < 1:
-            packed = self.work / f"{folder.name if plan.method else 'whole'}-{plan.bits:g}bit"
+            packed = self.work / f"{plan.label}-{plan.bits:g}bit"
             if packed.is_dir():
                 pass
             elif plan.bits in MIXED:
@@ -77,8 +77,9 @@ class Trials:
         context = [] if self.context is None else ["--context", str(self.context)]
         score = self._say(["eval", str(folder), "--data", str(self.test), *budget, *context, *threads], plan)
         return {
-            "plan": plan.name, "method": plan.method, "keep": plan.keep, "bits": plan.bits, "resident": plan.resident,
-            "memory_bytes": plan.memory_bytes, "peak_bytes": run.get("peak_bytes") or run.get("process_bytes"),
+            "plan": plan.name, "method": plan.method, "scope": plan.scope, "keep": plan.keep, "bits": plan.bits,
+            "resident": plan.resident, "memory_bytes": plan.memory_bytes,
+            "peak_bytes": run.get("peak_bytes") or run.get("process_bytes"),
             "tokens_per_second": run["tokens_per_second"], "predicted_tokens_per_second": plan.predicted,
             "bits_per_byte": score["bits_per_byte"], "hit_rate": run.get("hit_rate"),
             "domains": {name: row["bits_per_byte"] for name, row in score["domains"].items()},
