@@ -21,8 +21,8 @@ class MoeI2Ranks(Factored):
     product sum to their budget exactly (largest remainder, none above full rank, `least` for all).
 
     The paper's importance is the rise of the loss; here it is the rise of the layer's own output error (tier C), the same
-    stand-in as in stage 1 (`moesaic prune --method moe_i2`), because one layer is in memory at a time. Stage 1 leaves layers of
-    unequal size, which no further step takes: before this stage prune uniformly. LoRA fine-tuning is left to `moesaic train`.
+    stand-in as in stage 1 (`moesaic prune --method moe_i2`), because one layer is in memory at a time. Both stages as
+    published, with layers of unequal size between them, are `recipes/moe-i2.yaml`. LoRA fine-tuning is left to `moesaic train`.
 
     Args:
         keep: share of the experts' bytes that stays.
