@@ -53,10 +53,12 @@ def calibrate(
         return
     options.check_text(data, max_bytes, batch_size, threads)
     from moesaic.core.documents import read_documents, select
+    from moesaic.core.primitives import keep_few
     from moesaic.core.sizes import parse_bytes
     from moesaic.trace import calibration
 
     options.use_threads(threads)
+    keep_few()
     documents = select(read_documents(data), max_bytes, seed)
     opened = open_model(model, dtype, trust_remote_code=trust_remote_code)
     loaded, tokenizer = opened.model, opened.tokenizer

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -89,7 +90,9 @@ class Trials:
     def _say(self, arguments: list[str], plan: Candidate) -> dict[str, Any]:
         command = [sys.executable, "-m", "moesaic", *arguments, "--json"]
         try:
-            done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=self.seconds)
+            done = subprocess.run(
+                command, capture_output=True, text=True, check=False, timeout=self.seconds, env=dict(os.environ)
+            )  # fmt: skip
         except subprocess.TimeoutExpired as error:
             raise BadInput(f"{plan.name}: no answer in {self.seconds:,.0f} s") from error
         if done.returncode:

@@ -18,6 +18,7 @@ from torch import nn
 
 from moesaic.core.documents import Document
 from moesaic.core.errors import BadInput
+from moesaic.core.primitives import keep_few
 from moesaic.models.reshaped.classes import architecture_of
 from moesaic.store import Reader
 from moesaic.surgery.checkpoint import Checkpoint, put
@@ -46,6 +47,7 @@ def measure(
     Memory: the weights of one decoder layer, its statistics, and one batch. Tier B, and models that cannot be taken layer by
     layer, are loaded whole. Raises BadInput.
     """
+    keep_few()
     options: dict[str, Any] = {
         "tiers": tuple(tiers), "by_domain": by_domain, "context": context, "every": every, "source": source, "name": str(path),
         "resume": resume, "progress": progress,

@@ -35,6 +35,7 @@ from moesaic.core import registry
 from moesaic.core.documents import data_files, read_documents, select
 from moesaic.core.errors import BadInput, NotMoE
 from moesaic.core.files import write_atomically
+from moesaic.core.primitives import keep_few
 from moesaic.core.sizes import peak_bytes
 from moesaic.store import Reader
 from moesaic.surgery.card import read_history, write_notes
@@ -277,6 +278,7 @@ def run_recipe(
     Returns out, steps (method, seconds, bytes_after of each), bytes_before, bytes_after, seconds, peak_bytes, stock. Raises
     BadInput before the first step where anything of any step can be known to fail; the input is never touched.
     """
+    keep_few()
     began, out = time.perf_counter(), Path(out)
     steps = _taught(model, steps)
     plans = plan_recipe(model, steps, trainer, **how)

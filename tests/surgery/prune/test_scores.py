@@ -29,7 +29,9 @@ def seen(block, x_TD, ids, weights, logits=None):
 
 def layer_of(model, given, tiers=("R0", "R1"), number=0):
     block = View(model)[number]
-    return Layer(facts_of(View(model))[number], block, LayerStatistics(collect(given, block, tiers)))
+    found: dict = {}
+    collect(found, given, block, tiers)
+    return Layer(facts_of(View(model))[number], block, LayerStatistics(found))
 
 
 @pytest.fixture

@@ -163,3 +163,19 @@ def test_tier_names():
         tiers.parse("R9")
     with pytest.raises(BadInput, match="no tier"):
         tiers.parse("")
+
+
+def test_second_moments_of_further_calls_need_no_second_place(loaded, batch):
+    ids, mask = batch
+    kept = []
+
+    def call(collector):
+        for part in range(3):
+            loaded.model(input_ids=ids[part : part + 1], attention_mask=mask[part : part + 1])
+            kept.append({n: t.data_ptr() for n, t in collector.sums[0][""].items() if "gram_sum" in n and t.dim() == 3})
+
+    sums = collect(loaded.model, call, ("R0", "R1", "R2"))
+    assert kept[0] == kept[1] == kept[2] and len(kept[0]) == 2
+    whole = collect(loaded.model, lambda _: loaded.model(input_ids=ids, attention_mask=mask), ("R0", "R1", "R2"))
+    for name, value in whole[0][""].items():
+        torch.testing.assert_close(sums[0][""][name], value, rtol=1e-5, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}")

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from moesaic.core.errors import BadInput
 from moesaic.trace import calls, segments
-from moesaic.trace.calibration.store import added
 from moesaic.trace.calibration.tiers import FORWARD, Seen, Statistics, collect
 from moesaic.view import View
 from moesaic.view.block import Block
@@ -94,9 +93,7 @@ class Collector:
         return watch
 
     def _add(self, layer: int, domain: str, seen: Seen, block: Block, wanted: list[str]) -> None:
-        found = collect(seen, block, wanted, self.every)
-        held = self.sums[layer].get(domain)
-        self.sums[layer][domain] = found if held is None else added([held, found])
+        collect(self.sums[layer].setdefault(domain, {}), seen, block, wanted, self.every)
 
     def _rows(self, tokens: int) -> list[tuple[str, Tensor | None]]:
         """Domains of a call and which of its tokens are theirs; None for all. Padding is in none."""

@@ -103,10 +103,12 @@ def r2(found: Statistics, ran: Ran, experts: int) -> None:
 
 
 def _put(found: Statistics, e: int, values: Statistics, experts: int) -> None:
+    """Into the sums of all calls: second moments of all experts are large, and are held once."""
     for name, value in values.items():
         if name not in found:
             found[name] = value.new_zeros(experts, *value.shape)
-        found[name][e] = value
+        held = found[name][e]
+        torch.maximum(held, value, out=held) if name.endswith("_max") else held.add_(value)
 
 
 def a1(seen: Seen, block: Block, every: int = 1) -> Statistics:
@@ -125,16 +127,22 @@ FORWARD = ("R0", *ROUTED, "A1")
 NAMES = (*FORWARD, "C", "B")
 
 
-def collect(seen: Seen, block: Block, tiers: Sequence[str], every: int = 1) -> Statistics:
-    """What these tiers of `FORWARD` say of one call; `every` thins out the tokens of A1."""
-    found = r0(seen, block) if "R0" in tiers else {}
+@torch.no_grad()
+def collect(found: Statistics, seen: Seen, block: Block, tiers: Sequence[str], every: int = 1) -> None:
+    """Add what these tiers of `FORWARD` say of one call to `found`, in place; `every` thins out the tokens of A1."""
+    _add(found, r0(seen, block) if "R0" in tiers else {})
     wanted = [tier for name, tier in ROUTED.items() if name in tiers]
     for e, rows_S, gates_S in _routed(seen, block.num_experts) if wanted else ():
         x_SD = seen.x_TD[rows_S]
         ran = Ran(e, x_SD, gates_S, *block.bank.run_one(e, x_SD))
         for tier in wanted:
             tier(found, ran, block.num_experts)
-    return found | (a1(seen, block, every) if "A1" in tiers else {})
+    _add(found, a1(seen, block, every) if "A1" in tiers else {})
+
+
+def _add(found: Statistics, more: Statistics) -> None:
+    for name, value in more.items():
+        found[name] = combine(name, found[name], value) if name in found else value
 
 
 def parse(tiers: str | list[str] | tuple[str, ...]) -> tuple[str, ...]:
