@@ -59,7 +59,7 @@ def test_experts_get_their_own_bits_and_the_records_hold_them(text, tmp_path):
     from moesaic.fitting.trial import Trials
     from moesaic.store.packed import read_packed
     from moesaic.surgery.measure import measure
-    from moesaic.surgery.operate import open_plan
+    from moesaic.surgery.planning import open_plan
 
     learn, _ = halves(str(text), None)
     seen = []

@@ -17,7 +17,8 @@ from moesaic.surgery import memory, sequential
 from moesaic.surgery.estimate import estimate
 from moesaic.surgery.measure import measure
 from moesaic.surgery.measured import output_error
-from moesaic.surgery.operate import LAYERWISE, build, open_plan, operate, plan_step
+from moesaic.surgery.operate import operate
+from moesaic.surgery.planning import LAYERWISE, build, open_plan, plan_step
 from moesaic.surgery.recipe import Step, parse, plan_recipe, run_recipe
 from moesaic.surgery.sequential import Text, Walk
 from moesaic.surgery.shards import Shards

@@ -27,7 +27,8 @@ from moesaic.core.files import write_atomically
 from moesaic.evaluation.bits_per_byte import report as scores_of
 from moesaic.evaluation.bits_per_byte import score_documents
 from moesaic.surgery.measure import measure
-from moesaic.surgery.operate import LAYERWISE, operate
+from moesaic.surgery.operate import operate
+from moesaic.surgery.planning import LAYERWISE
 from moesaic.trace.calibration import Calibration
 from moesaic.view import load, resolve_model
 

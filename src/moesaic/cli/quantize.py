@@ -81,7 +81,7 @@ def _packed(
 ) -> dict[str, Any]:  # fmt: skip
     """Round beside OUT, then write codes and scales of what was rounded."""
     from moesaic.fitting.packed import check_packable, pack_rounded
-    from moesaic.surgery.operate import build
+    from moesaic.surgery.planning import build
     from moesaic.surgery.recipe import Step
     from moesaic.surgery.shards import check_out
 

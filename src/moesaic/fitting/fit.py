@@ -19,7 +19,7 @@ from moesaic.fitting.plans import Candidate, Machine, Model, candidates, choose,
 from moesaic.fitting.trial import Trials, tried
 from moesaic.surgery.estimate import disk_rate
 from moesaic.surgery.measure import measure
-from moesaic.surgery.operate import open_plan
+from moesaic.surgery.planning import open_plan
 from moesaic.surgery.shards import check_out
 from moesaic.trace.calibration import Calibration, open_calibration
 

@@ -24,8 +24,9 @@ from moesaic.surgery.card import write_notes
 from moesaic.surgery.checkpoint import Checkpoint
 from moesaic.surgery.conversion import Conversion, Told, ToMoE, meta
 from moesaic.surgery.dense import Dense, check_alike
-from moesaic.surgery.operate import Plan, Progress, Report
+from moesaic.surgery.operate import Progress, Report
 from moesaic.surgery.parts import Part, get
+from moesaic.surgery.planning import Plan
 from moesaic.surgery.shapes import facts_of
 from moesaic.surgery.shards import MADE, Shards, check_out, copy_files
 from moesaic.surgery.stock import NAMES, moe_layers

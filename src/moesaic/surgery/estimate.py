@@ -13,7 +13,7 @@ from moesaic.store import Reader
 from moesaic.store.table import Table
 
 if TYPE_CHECKING:
-    from moesaic.surgery.operate import Plan
+    from moesaic.surgery.planning import Plan
     from moesaic.surgery.recipe import Step
 
 BASE_BYTES = 450 << 20

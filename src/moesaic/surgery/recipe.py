@@ -45,7 +45,8 @@ from moesaic.surgery.convert import build as build_conversion
 from moesaic.surgery.dense import Dense
 from moesaic.surgery.measure import measure
 from moesaic.surgery.objective import Train
-from moesaic.surgery.operate import LAYERWISE, Plan, Progress, build, check_needs, open_plan, operate, plan_alone, plan_step
+from moesaic.surgery.operate import Progress, operate
+from moesaic.surgery.planning import LAYERWISE, Plan, build, check_needs, open_plan, plan_alone, plan_step
 from moesaic.surgery.sequential import Text
 from moesaic.surgery.shards import check_out
 from moesaic.surgery.trained import build as build_objective

@@ -8,7 +8,8 @@ from moesaic.surgery.align import permuted
 from moesaic.surgery.compress.neurons import Neurons
 from moesaic.surgery.memory import measure
 from moesaic.surgery.memory import operate as operate_live
-from moesaic.surgery.operate import open_plan, operate, plan_step
+from moesaic.surgery.operate import operate
+from moesaic.surgery.planning import open_plan, plan_step
 from moesaic.surgery.shapes import facts_of
 from moesaic.view.block import View
 

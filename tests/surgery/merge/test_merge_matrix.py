@@ -152,7 +152,7 @@ def test_what_cannot_be_is_said(make):
         build("hc_smoe").change(layer, 4)
     with pytest.raises(BadInput, match="domain 'law'"):
         build("uncurl", domain="law").change(layer, 4)
-    from moesaic.surgery.operate import build as planned
+    from moesaic.surgery.planning import build as planned
 
     assert planned("merge", "m_smoe", {"align": "activation", "similarity": "output"})[0].needs == {"R0", "A1", "C"}
     assert planned("merge", "uncurl", {"domain": "law"})[0].needs == {"R0", "D"}

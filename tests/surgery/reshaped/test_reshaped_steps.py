@@ -11,7 +11,8 @@ from moesaic.surgery.apply import apply
 from moesaic.surgery.layer import Change
 from moesaic.surgery.memory import measure
 from moesaic.surgery.memory import operate as operate_live
-from moesaic.surgery.operate import build, open_plan, operate, plan_step
+from moesaic.surgery.operate import operate
+from moesaic.surgery.planning import build, open_plan, plan_step
 from moesaic.surgery.shapes import facts_of
 from moesaic.trace.calibration.store import Calibration, CalibrationHeader
 from moesaic.trace.file import TraceLayer
