@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from moesaic.core.errors import BadInput
+from moesaic.models.reshaped.factored import SIDES, spread
 from moesaic.surgery.layer import Change, Facts, Layer, Method
 from moesaic.view.bank import ExpertWeights
 
-SIDES = ("first", "down")
 STORES = ("factors", "dense")
 
 
@@ -26,41 +26,66 @@ class Split:
     """One product of all experts as factors: W_e = base + left_e^T right_e, and rows added at `index`.
 
     left [r, B] and right [r, A] of each expert; `rows`: (outputs [N], rows [N, A]) of each, or none.
+
+    Attributes:
+        shared: "left" or "right" where that factor is one for all: its list holds it alone, and expert e reads its first r.
+        outputs, inputs: those that the base has, where these are not all; `active`: how many of its inputs a token reads.
     """
 
     left: list[Tensor] = field(default_factory=list)
     right: list[Tensor] = field(default_factory=list)
     base: Tensor | None = None
     rows: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    shared: str | None = None
+    outputs: Tensor | None = None
+    inputs: Tensor | None = None
+    active: int | None = None
 
     def add(self, factors: tuple[Tensor, Tensor]) -> None:
         self.left.append(factors[0])
         self.right.append(factors[1])
 
+    @property
+    def ranks(self) -> list[int]:
+        return [len(own) for own in (self.right if self.shared == "left" else self.left)]
+
     def dense(self, e: int) -> Tensor:
-        made_BA = self.left[e].T @ self.right[e]
-        made_BA = made_BA if self.base is None else made_BA + self.base
+        rank = self.ranks[e]
+        left, right = self.left[0 if self.shared == "left" else e], self.right[0 if self.shared == "right" else e]
+        made_BA = left[:rank].T @ right[:rank]
+        made_BA = made_BA if self.base is None else made_BA + self.base_like(made_BA)
         return made_BA.index_add(0, *self.rows[e]) if self.rows else made_BA
+
+    def base_like(self, like_BA: Tensor) -> Tensor:
+        """The base with all outputs and inputs."""
+        return torch.zeros_like(like_BA) if self.base is None else spread(self.base, like_BA, self.outputs, self.inputs)
 
     @property
     def numel(self) -> int:
-        """Numbers stored; an index counts as a half (two bytes are enough for it, four are taken)."""
+        """Numbers stored; an index counts as two of two bytes, a shared factor once."""
         total = sum(part.numel() for part in (*self.left, *self.right)) + (0 if self.base is None else self.base.numel())
+        total += sum(2 * len(index) for index in (self.outputs, self.inputs) if index is not None)
         return total + sum(values.numel() + 2 * len(values) for _, values in self.rows)
 
     def spec(self) -> dict[str, Any]:
         """What `models/reshaped/factored.py` must know of its shapes."""
-        found: dict[str, Any] = {"ranks": [len(left) for left in self.left], "base": self.base is not None}
+        found: dict[str, Any] = {"ranks": self.ranks, "base": self.base is not None}
+        found |= {name: len(index) for name, index in self._indices().items()}
+        found |= {name: own for name in ("shared", "active") if (own := getattr(self, name)) is not None}
         return found | ({"rows": [len(values) for _, values in self.rows]} if self.rows else {})
 
     def tensors(self, side: str) -> dict[str, Tensor]:
         found = {"left": torch.cat(self.left), "right": torch.cat(self.right)}
         if self.base is not None:
             found["base"] = self.base
+        found |= {name: index.int() for name, index in self._indices().items()}
         if self.rows:
             found["rows"] = torch.cat([values for _, values in self.rows])
             found["index"] = torch.cat([index for index, _ in self.rows]).int()
         return {f"{side}.{name}": tensor for name, tensor in found.items()}
+
+    def _indices(self) -> dict[str, Tensor]:
+        return {name: own for name in ("outputs", "inputs") if (own := getattr(self, name)) is not None}
 
 
 class Factored(Method):
@@ -162,16 +187,32 @@ def whitened(weight_BA: Tensor, moment_AA: Tensor, rank: int) -> tuple[Tensor, T
     return (u_BK[:, :rank] * size_K).T.float().contiguous(), right_KA.float()
 
 
-def moment_of(layer: Layer, e: int, side: str, damp: float = 1e-6) -> Tensor:
-    """Mean x x^T of what enters an expert's product, [A, A] float64; that of all experts for one with fewer tokens than A.
+def neurons_at(layer: Layer, neurons_N: Tensor) -> Tensor:
+    """Rows of the first product [H, D] that make these inner neurons: theirs of gate and up, as the model orders them."""
+    rows_H = torch.arange(upright(layer, 0, "first").shape[0])
+    if not layer.block.bank.gated:
+        return rows_H[neurons_N]
+    return torch.cat([half[neurons_N] for half in layer.block.bank._halves(rows_H)]).sort().values
 
-    `damp` times the mean diagonal is added to the diagonal, so that it has a Cholesky factor.
+
+def moment_of(layer: Layer, e: int | None, side: str, damp: float = 1e-6) -> Tensor:
+    """Mean x x^T of what enters an expert's product, [A, A] float64; that of all experts for one with fewer tokens than A,
+    and for None.
+
+    `damp` times the mean diagonal is added to the diagonal, and ten times more until it has a Cholesky factor: many tokens may
+    be few different ones, and sums are rounded to float32.
     """
     name = "input_gram" if side == "first" else "inner_gram"
     sums_EAA, count_E = layer.statistics[f"{name}_sum"], layer.statistics["selection_count"]
-    gram_AA, count = sums_EAA[e].double(), float(count_E[e])
-    if count < len(gram_AA):
+    if e is None or float(count_E[e]) < sums_EAA.shape[-1]:
         gram_AA, count = sums_EAA.double().sum(0), float(count_E.sum())
+    else:
+        gram_AA, count = sums_EAA[e].double(), float(count_E[e])
     gram_AA = gram_AA / max(count, 1.0)
     size = float(gram_AA.diagonal().mean())
-    return gram_AA + torch.eye(len(gram_AA), dtype=torch.float64) * (damp * size if size > 0 else 1.0)
+    one_AA = torch.eye(len(gram_AA), dtype=torch.float64)
+    if not size > 0:
+        return gram_AA + one_AA
+    while bool(torch.linalg.cholesky_ex(made_AA := gram_AA + damp * size * one_AA).info):
+        damp *= 10
+    return made_AA

@@ -120,7 +120,7 @@ class Progressive(Recovery):
             whole += _factor(Layer(facts, block, None), self.rank)
         sides = [getattr(_factors(block), side) for block in self.blocks for side in SIDES]
         factors = sum(side.left.numel() + side.right.numel() for side in sides)
-        self.cost_N = torch.cat([torch.full((len(side.rows),), side.inputs + 2.0) for side in sides])
+        self.cost_N = torch.cat([torch.full((len(side.rows),), side.width + 2.0) for side in sides])
         self.room, self.whole = self.share * whole - factors, whole
         final = min(1.0, max(0.0, self.room / float(self.cost_N.sum())))
         self.pruner = RowPruner(
@@ -190,7 +190,7 @@ def _compact(block: Block, stays: dict[str, Tensor]) -> dict[str, Any]:
         own = getattr(old, side)
         keep_N = stays[side]
         counts = [int(keep_N[low:high].sum()) for low, high in own.row_spans]
-        form[side] = {"ranks": [high - low for low, high in own.spans], "base": False, "rows": counts}
+        form[side] = {"ranks": own.ranks, "base": False, "rows": counts}
         bank |= {f"{side}.left": own.left.data, f"{side}.right": own.right.data}
         bank |= {f"{side}.rows": own.rows.data[keep_N], f"{side}.index": own.index[keep_N]}
     like = old.first.left

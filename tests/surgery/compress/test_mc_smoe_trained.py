@@ -41,11 +41,11 @@ def test_at_step_0_the_parts_add_up_and_the_factors_are_the_best_of_their_rank(m
     objective.prepare(model, given())
     torch.testing.assert_close(logits(model, ids), before, rtol=1e-4, atol=1e-4)
     side = getattr(View(model)[0].experts, LEAF).down
-    low, high = side.spans[0]
+    rank, left, right = side.ranks[0], side.left[side.span("left", 0)], side.right[side.span("right", 0)]
     own_BA = weight[0].T if transposed[0] else weight[0]
-    rest = (own_BA - side.left[low:high].T @ side.right[low:high]).norm()
-    assert high - low == math.ceil(0.3 * own_BA.numel() / sum(own_BA.shape))
-    torch.testing.assert_close(rest, torch.linalg.svdvals(own_BA)[high - low :].norm(), rtol=1e-4, atol=1e-5)
+    rest = (own_BA - left.T @ right).norm()
+    assert rank == math.ceil(0.3 * own_BA.numel() / sum(own_BA.shape))
+    torch.testing.assert_close(rest, torch.linalg.svdvals(own_BA)[rank:].norm(), rtol=1e-4, atol=1e-5)
 
 
 def test_the_cubic_schedule_falls_from_one_to_its_end():
@@ -128,7 +128,7 @@ def test_rows_that_share_an_expert_learn_it_together(make, ids):
     operate_live(MSmoe(keep=0.5, router="map"), measure(model, ids, "R0"))
     objective = McSmoe(0.6, rho=0.2, warm_up=1, cool_down=1).objective()
     learn = objective.prepare(model, given())
-    held = [len(getattr(block.experts, LEAF).down.spans) for block in View(model)]
+    held = [len(getattr(block.experts, LEAF).down.ranks) for block in View(model)]
     assert sum(held) < 8 * len(held) and len({id(p) for p in learn}) == len(learn)
     objective.loss(model, {"text": ids[0]}).backward()
     assert all(rows.grad is not None for rows in rows_of(model))
