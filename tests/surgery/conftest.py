@@ -88,6 +88,8 @@ def on_disk(tmp_path):
         layers = measure(model, ids, tiers)
 
         class Held(Calibration):
+            hash = "held"
+
             def layer(self, layer, domain=None):
                 return layers[layer].statistics
 

@@ -99,6 +99,12 @@ def test_which_architectures_are_calibrated_layer_by_layer():
     assert sum(taken.values()) >= len(taken) // 2
 
 
+def test_the_hash_is_of_what_was_found(statistics, tmp_path):
+    for name, texts, same in (("same", TEXTS, True), ("other", [TEXTS[0], Document(TEXTS[1].text + "#", "b")], False)):
+        measure("bundled", texts, tmp_path / name, ("R0", "R1"), by_domain=True)
+        assert (open_calibration(tmp_path / name).hash == statistics.hash) is same and len(statistics.hash) == 16
+
+
 def test_nothing_dropped_is_the_same_bytes(statistics, tmp_path):
     operate("bundled", tmp_path / "out", "prune", "reap", {"keep": 1.0}, calibration=statistics)
     before, after = (moesaic.load(each).model.state_dict() for each in ("bundled", tmp_path / "out"))
@@ -111,7 +117,7 @@ def test_a_stock_result_says_what_became_of_each_expert(statistics, tmp_path):
     made = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     own = moesaic.load("bundled").model
     (step,) = json.loads((tmp_path / "out" / "surgery.json").read_text())["steps"]
-    assert step["calibration"]["domain"] == "b"
+    assert step["calibration"]["domain"] == "b" and step["calibration"]["hash"] == statistics.hash
     for number, block in enumerate(step["blocks"]):
         keep = [e for e, now in enumerate(block["expert_map"]) if now >= 0]
         scores = torch.tensor(block["scores"])

@@ -166,7 +166,7 @@ class _Step:
         header = self.calibration.header
         return {
             "folder": str(self.calibration.folder), "text": list(header.sources), "tokens": header.progress["tokens"],
-            "tiers": list(header.tiers), "domain": self.domain,
+            "hash": self.calibration.hash, "tiers": list(header.tiers), "domain": self.domain,
         }  # fmt: skip
 
     def layer(self, i: int) -> Layer:

@@ -98,7 +98,12 @@ class Rounder(Method):
         return [relative_error(each, round_expert(each, self.low, self.group)) for each in experts]
 
     def decide(self, looks: Sequence[Any], blocks: Sequence[Facts]) -> list[Any]:
-        return self.allocate(looks, blocks)
+        """Of each layer the bits of its experts, and what they were given by."""
+        return list(zip(self.allocate(looks, blocks), map(self.scores, looks), strict=True))
+
+    def scores(self, look: Any) -> Tensor | None:
+        """[E], higher is worth more bits; None where all have the same."""
+        return None if look is None else torch.as_tensor(look, dtype=torch.float64)
 
     def allocate(self, looks: Sequence[Any], blocks: Sequence[Facts]) -> list[list[int]]:
         """Bits of each expert of each layer."""
@@ -115,8 +120,9 @@ class Rounder(Method):
         return round_expert(layer.expert(e), bits, self.group)
 
     def change(self, layer: Layer, decision: Any) -> Change:
-        change, errors, sizes = Change(range(layer.facts.experts)), [], []
-        for e, bits in enumerate(decision):
+        given, score_E = decision
+        change, errors, sizes = Change(range(layer.facts.experts), scores=score_E), [], []
+        for e, bits in enumerate(given):
             own = layer.expert(e)
             sizes.append(stored_bytes(own, bits, self.group))
             if bits == WHOLE:
@@ -124,7 +130,7 @@ class Rounder(Method):
                 continue
             change.experts[e] = self.rounded(layer, e, bits)
             errors.append(relative_error(own, change.experts[e]))
-        change.report = {"bits": list(decision), "group": self.group, "error": errors, "packed_bytes": sizes}
+        change.report = {"bits": list(given), "group": self.group, "error": errors, "packed_bytes": sizes}
         return change
 
 

@@ -10,7 +10,6 @@ from moesaic.core.errors import BadInput
 from moesaic.kernels.low_bits import choose_codes
 from moesaic.surgery.measured import output_error, run_with
 from moesaic.surgery.memory import measure
-from moesaic.surgery.memory import operate as operate_live
 from moesaic.surgery.operate import operate
 from moesaic.surgery.quantize.awq import Awq, scales
 from moesaic.surgery.quantize.edgemoe import EdgeMoe
@@ -52,23 +51,6 @@ def test_every_method_out_of_core_on_this_layout(name, on_disk, said, tmp_path):
                     again = round_expert(found, width, 32)
                     off = max(float((again[n] - found[n]).norm() / found[n].norm()) for n in MATRICES if n in found)
                     assert off < 2e-3, (method, width)
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_sixteen_bits_is_bit_identical(make, ids, method):
-    model = make("GptOss")
-    before = {key: value.clone() for key, value in model.state_dict().items()}
-    operate_live(registry.get("quantize", method).build(bits=16), measure(model, ids, "R0,R1,R2"))
-    assert all(torch.equal(model.state_dict()[key], value) for key, value in before.items())
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_a_permutation_of_the_experts_commutes(make, many, logits, shuffle, method):
-    first, second = make("Qwen3Moe"), make("Qwen3Moe")
-    shuffle(second)
-    for model in (first, second):
-        operate_live(registry.get("quantize", method).build(bits=5), measure(model, many, "R0,R1,R2"))
-    torch.testing.assert_close(logits(first, many), logits(second, many), rtol=5e-3, atol=5e-3)
 
 
 def test_gptq_is_nearer_on_the_inputs_and_stays_on_the_grid():
@@ -179,7 +161,7 @@ def test_pmq_gives_bits_to_what_is_used(make, many):
     layers = measure(make("Mixtral"), many, "R0,R2,C")
     for error in ("moments", "weights", "features"):
         method = Pmq(3.0, 32, error=error)
-        bits = method.decide([method.look(layer) for layer in layers], [layer.facts for layer in layers])
+        bits = method.allocate([method.look(layer) for layer in layers], [layer.facts for layer in layers])
         for mine, layer in zip(bits, layers, strict=True):
             counts = layer.statistics["selection_count"]
             assert sum(mine) <= 24 and mine[int(counts.argmax())] >= mine[int(counts.argmin())]
@@ -197,7 +179,7 @@ def test_edgemoe_lowers_more_experts_as_more_loss_is_tolerated(make, many):
     lowered, blocks = [], [layer.facts for layer in layers]
     for tolerate in (0, 1e-4, 0.005, 0.02, 0.05, 10.0):
         method = EdgeMoe(high=8, low=4, tolerate=tolerate, group=32)
-        bits = method.decide([method.look(layer) for layer in layers], blocks)
+        bits = method.allocate([method.look(layer) for layer in layers], blocks)
         lowered.append({(i, e) for i, row in enumerate(bits) for e, width in enumerate(row) if width == 4})
     assert not lowered[0] and all(a <= b for a, b in pairwise(lowered))
     assert len(lowered[-1]) == sum(facts.experts for facts in blocks)

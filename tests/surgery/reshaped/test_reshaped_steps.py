@@ -55,6 +55,8 @@ def statistics(model, folder, tiers):
     layers = measure(model, ids, ",".join(tiers))
 
     class Held(Calibration):
+        hash = "held"
+
         def layer(self, layer, domain=None):
             return layers[layer].statistics
 

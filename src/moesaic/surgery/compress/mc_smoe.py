@@ -12,7 +12,7 @@ from torch import Tensor
 from moesaic.core.errors import BadInput
 from moesaic.core.registry import register
 from moesaic.surgery.factored import SIDES, Factored, Split, low_rank, stacked, upright
-from moesaic.surgery.layer import Facts, Layer
+from moesaic.surgery.layer import Change, Facts, Layer
 from moesaic.surgery.objective import Objective
 from moesaic.surgery.progressive import Progressive
 
@@ -104,6 +104,12 @@ class McSmoe(Factored):
                 at += scores_EB.numel()
             found.append(mine)
         return found
+
+    def change(self, layer: Layer, decision: Any) -> Change:
+        change = super().change(layer, decision)
+        if decision is not None:
+            change.report |= {f"{side}_rows": decision[side].sum(1).tolist() for side in SIDES}
+        return change
 
     def split(self, layer: Layer, side: str, decision: Any) -> Split:
         found = Split()

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+
 from moesaic.core.errors import BadInput
 from moesaic.core.registry import register
 from moesaic.surgery.budget import apportion
 from moesaic.surgery.factored import Factored, Split, low_rank, upright
-from moesaic.surgery.layer import Facts, Layer
+from moesaic.surgery.layer import Change, Layer
 from moesaic.surgery.reconstruct import Reconstruction
 
 IMPORTANCE = ("masked", "uniform")
@@ -49,8 +51,10 @@ class MoeI2Ranks(Factored):
         output = Reconstruction(layer, self.tokens)
         return [output.error((e,)) for e in range(E)]
 
-    def decide(self, looks: Sequence[Any], blocks: Sequence[Facts]) -> list[Any]:
-        return list(looks)
+    def change(self, layer: Layer, decision: Any) -> Change:
+        change = super().change(layer, decision)
+        change.scores = torch.tensor(decision, dtype=torch.float64)
+        return change
 
     def split(self, layer: Layer, side: str, decision: Any) -> Split:
         E = layer.facts.experts

@@ -33,7 +33,8 @@ ROUNDINGS = ("gptq", "nearest")
 )
 class Pmq(Rounder):
     """Per layer: minimise the sum over experts of usage^alpha * gate^beta * error(bits)^gamma, with a mean of at most `bits`
-    bits. Usage and gate weight are shares of the layer, errors too (over experts and widths); solved by HiGHS.
+    bits. Usage and gate weight are shares of the layer, errors too (over experts and widths; of rounding to nearest, whatever
+    `rounding` then does); solved by HiGHS. Pruning tokens' experts while running is a routing policy, no surgery.
 
     The published widths are 1, 2 and 3 with at least one expert at 3 and one at 2 (`spread`); 1 and 3 cannot be packed, so the
     default is what can. In a layer the solver may leave bits unused only where no width is that small.
@@ -95,13 +96,19 @@ class Pmq(Rounder):
     def allocate(self, looks: Sequence[Any], blocks: Sequence[Facts]) -> list[list[int]]:
         if self.bits == WHOLE:
             return [[WHOLE] * facts.experts for facts in blocks]
-        alpha, beta, gamma = self.exponents
         found = []
-        for usage_E, gate_E, errors_EW in looks:
-            parts = [share(usage_E) ** alpha, share(gate_E) ** beta]
-            cost_EW = (parts[0] * parts[1])[:, None] * share(errors_EW) ** gamma
+        for look in looks:
+            cost_EW = self.weight(look)[:, None] * share(look[2]) ** self.exponents[2]
             found.append(solve(cost_EW, self.widths, self.bits, self.spread))
         return found
+
+    def scores(self, look: Any) -> Tensor | None:
+        return None if look is None else self.weight(look)
+
+    def weight(self, look: Any) -> Tensor:
+        """usage^alpha * gate^beta [E], both as shares of the layer."""
+        alpha, beta, _ = self.exponents
+        return share(look[0]) ** alpha * share(look[1]) ** beta
 
 
 def share(values: Tensor) -> Tensor:

@@ -14,12 +14,15 @@ import os
 import shutil
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from hashlib import sha256
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -31,6 +34,9 @@ from moesaic.trace.file import TraceLayer
 
 VERSION = 1
 FEATURES = "features.moefeatures"
+
+HASHED = 1 << 16
+"""Values of a statistic that counts in a calibration's hash; larger ones are sums over the same tokens."""
 
 
 @dataclass
@@ -76,6 +82,22 @@ class Calibration:
 
     def __len__(self) -> int:
         return len(self.header.layers)
+
+    @cached_property
+    def hash(self) -> str:
+        """Of what it is of and what it found: the header, and of every layer all statistics but the large ones (`HASHED`)."""
+        header = self.header
+        hashed = sha256(json.dumps([header.layers, header.tiers, header.domains, header.progress.get("tokens")]).encode())
+        for layer in range(len(self)):
+            path = self.folder / header.state / f"layer-{layer:03d}.safetensors"
+            try:
+                with safe_open(path, "np") as stored:
+                    for key in sorted(stored.keys()):
+                        if prod(stored.get_slice(key).get_shape()) <= HASHED:
+                            hashed.update(key.encode() + stored.get_tensor(key).tobytes())
+            except (OSError, SafetensorError) as error:
+                raise BadInput(f"cannot read {path}: {error}") from error
+        return hashed.hexdigest()[:16]
 
     def statistics(self, layer: int) -> dict[str, Statistics]:
         """Domain -> statistics of a layer ("" where domains were not kept apart)."""
