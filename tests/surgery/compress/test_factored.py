@@ -11,7 +11,7 @@ from moesaic.models.reshaped.factored import fill, install
 from moesaic.surgery.compress.d2_moe import D2Moe
 from moesaic.surgery.compress.low_rank import LowRank
 from moesaic.surgery.compress.mc_smoe import McSmoe
-from moesaic.surgery.compress.moe_i2 import ranks
+from moesaic.surgery.compress.moe_i2 import MoeI2Ranks, ranks
 from moesaic.surgery.factored import low_rank, moment_of, upright, whitened
 from moesaic.surgery.memory import measure
 from moesaic.surgery.memory import operate as operate_live
@@ -147,6 +147,38 @@ def test_moments_of_rare_experts_are_those_of_all(make, ids):
     assert bool(torch.linalg.eigvalsh(moment).min() > 0)
     shared = layer.statistics["input_gram_sum"].double().sum(0) / float(counts.sum())
     torch.testing.assert_close(moment, shared, rtol=1e-3, atol=1e-4)
+
+
+def test_the_base_is_the_mean_weighted_by_fisher_information_and_use(make, ids):
+    layer = measure(make("GptOss"), ids, "R0,R2,B")[0]
+    use_E = layer.statistics["selection_count"].double() / float(layer.statistics["selection_count"].sum())
+    fisher_EAB = layer.statistics["fisher.down_proj_sum"].double() + 1e-12  # transposed, as the parameter is
+    layer.statistics.sums["fisher.down_proj_sum"] = fisher_EAB.float()
+    share_EAB = use_E[:, None, None] * fisher_EAB
+    want_AB = (share_EAB / share_EAB.sum(0) * layer.block.experts.down_proj.detach().double()).sum(0)
+    torch.testing.assert_close(D2Moe(base="fisher").mean(layer, "down").double(), want_AB.T, rtol=1e-4, atol=1e-5)
+
+
+def test_the_two_products_have_inputs_of_their_own(make, ids):
+    """x enters gate and up, the inner activations enter down."""
+    layer = measure(make("Mixtral"), [torch.randint(8, 80, (40, 17))], "R0,R2,C")[0]
+    x_TD = layer.features()[0]
+    chosen_TK = layer.block.route(x_TD).experts_TK
+    e = int(layer.statistics["selection_count"].argmax())
+    mine_SD = x_TD[(chosen_TK == e).any(1)]
+    assert len(mine_SD) > 32
+    for side, rows in (("first", mine_SD), ("down", layer.run(e, mine_SD)[0])):
+        want = rows.double().T @ rows.double() / len(rows)
+        torch.testing.assert_close(moment_of(layer, e, side, damp=0.0), want, rtol=1e-4, atol=1e-6)
+
+
+def test_moe_i2_at_full_rank_is_exact(make, ids, logits):
+    model = make("NemotronH")
+    before, method = logits(model, ids), MoeI2Ranks(0.99)
+    method.keep = 100.0
+    changes = operate_live(method, measure(model, ids, "C"))
+    torch.testing.assert_close(logits(model, ids), before, rtol=1e-3, atol=1e-3)
+    assert all(max(change.report["first_error"] + change.report["down_error"]) < 1e-5 for change in changes)
 
 
 def test_ranks_follow_importance_and_sum_exactly():

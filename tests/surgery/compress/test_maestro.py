@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from moesaic.experts.maestro import Factors
-from moesaic.surgery.compress.maestro import MaestroRanks, share_out, train
+from moesaic.experts.maestro import Factors, RankSampler
+from moesaic.surgery.compress.maestro import EPS, ROUNDS, MaestroRanks, share_out, train
 from moesaic.surgery.factored import upright
 from moesaic.surgery.memory import measure
 
@@ -20,6 +20,31 @@ def test_at_the_start_it_is_the_matrix():
     weight = torch.randn(20, 12, generator=torch.Generator().manual_seed(0))
     factors = Factors(weight)
     torch.testing.assert_close(factors.u_OR @ factors.v_RI, weight, rtol=1e-4, atol=1e-5)
+
+
+def test_full_ranks_without_the_lasso_are_ordinary_factored_training(monkeypatch):
+    generator = torch.Generator().manual_seed(3)
+    target, start = torch.randn(10, 7, generator=generator), torch.randn(10, 7, generator=generator)
+    factors = Factors(start)
+    u_OR, v_RI = (p.detach().clone().requires_grad_() for p in (factors.u_OR, factors.v_RI))
+    monkeypatch.setattr(RankSampler, "draw", lambda self: (self.factors[0], self.factors[0].rank))
+    train(factors, target, 12, 0.0, 1e-2)
+    for _ in range(ROUNDS):
+        optimiser = torch.optim.Adam([u_OR, v_RI], lr=1e-2, eps=EPS)
+        for _ in range(3):
+            optimiser.zero_grad()
+            ((u_OR @ v_RI - target).square().sum() / target.square().sum()).backward()
+            optimiser.step()
+    torch.testing.assert_close(factors.u_OR, u_OR, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(factors.v_RI, v_RI, rtol=1e-5, atol=1e-6)
+    assert float((factors.u_OR - Factors(start).u_OR).detach().abs().max()) > 0.05
+
+
+def test_the_lasso_is_over_suffixes_not_columns():
+    factors = Factors(torch.randn(6, 5, generator=torch.Generator().manual_seed(4)))
+    u_OR, v_RI = factors.u_OR.detach(), factors.v_RI.detach()
+    want = sum(float(u_OR[:, b:].norm() + v_RI[b:].norm()) for b in range(5))
+    assert float(factors.lasso().detach()) == pytest.approx(want, rel=1e-5)
 
 
 @pytest.mark.slow

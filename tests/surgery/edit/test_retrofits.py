@@ -246,6 +246,9 @@ def test_evomoe_s_gate_from_uniform_to_one_hot_and_all_run_at_threshold_0():
     torch.testing.assert_close(hot.weights_TK, torch.full((50, 8), 1 / 8), rtol=1e-3, atol=1e-4)
     assert bool(((cold.experts_TK >= 0).sum(1) == 1).all())
     torch.testing.assert_close(cold.weights_TK.sum(1), torch.ones(50))
+    uniform_TE = torch.rand(50, 8, generator=torch.Generator().manual_seed(1))
+    best_T = (x - (-uniform_TE.log()).log()).argmax(-1)  # of logits and noise together
+    assert torch.equal(cold.experts_TK.max(1).values, best_T) and not torch.equal(best_T, x.argmax(-1))
     assert bool((gate(tau=0.5, threshold=0.0).experts_TK >= 0).all())
 
 

@@ -8,7 +8,7 @@ import torch
 from moesaic.core import registry
 from moesaic.surgery import align, average, cluster
 from moesaic.surgery.layer import Layer
-from moesaic.surgery.memory import measure
+from moesaic.surgery.memory import measure, operate
 from moesaic.surgery.merge.m_smoe import global_groups
 from moesaic.surgery.shapes import facts_of
 from moesaic.surgery.similarity import similarity
@@ -55,6 +55,31 @@ def test_the_true_matching_has_the_largest_affinity(make):
     assert torch.equal(order[back], torch.arange(16))
     at = torch.arange(16)
     assert float(affinity[at, back].sum()) >= float(affinity[at, torch.randperm(16)].sum())
+
+
+@pytest.mark.parametrize("how", ["weight", "activation"])
+@pytest.mark.parametrize("method", [entry.name for entry in registry.entries("merge")])
+def test_merging_aligned_copies_changes_nothing_and_groups_of_one_keep_their_bytes(make, logits, method, how):
+    """Copies whose neurons lie in other orders, behind any router: weights of chosen rows add up."""
+    ids = [torch.randint(8, 80, (4, 17), generator=torch.Generator().manual_seed(1))]
+    groups = [[0], [1], [2, 5, 7], [3], [4], [6]]
+    for router in ("map", "repeat"):
+        model = make("Mixtral")
+        for block in View(model):
+            for e in (5, 7):
+                order = torch.randperm(16, generator=torch.Generator().manual_seed(e))
+                block.bank[e] = align.permuted(block.bank[2], order)
+        before, layers = logits(model, ids), measure(model, ids, "R0,A1,C")
+        given = {"scope": "uniform"} if method == "m_smoe" else {}
+        for aligned in ("none", how):
+            merged = build(method, keep=6, router=router, align=aligned, **given)
+            merged.group = lambda layer, members, count: (groups, [group[0] for group in groups])
+            change = merged.change(layers[0], 6)
+            assert set(change.experts) == ({2} if router == "map" else {2, 5, 7})  # all others: byte for byte
+            far = float((change.experts[2]["up"] - layers[0].expert(2)["up"]).abs().max())
+            assert far < 1e-6 if aligned == how else far > 0.01
+        operate(merged, layers)
+        torch.testing.assert_close(logits(model, ids), before, rtol=1e-5, atol=1e-5)
 
 
 def test_group_weights_do_not_depend_on_the_scale_of_usage():
@@ -153,6 +178,12 @@ def test_uncurl_reads_the_task_alone(make):
     method = build("uncurl", domain="code")
     assert torch.equal(method.usage(layer), torch.arange(8.0).double())
     assert torch.equal(build("uncurl").usage(layer), torch.ones(8).double())
+    logits_TE = torch.randn(40, 4, generator=torch.Generator().manual_seed(0)).double().repeat(1, 2)
+    other.sums["logit_gram_sum"] = logits_TE.T @ logits_TE  # in code, e and e + 4 are scored alike; in all text, neighbours
+    logits_TE = logits_TE[:, :4].repeat_interleave(2, 1)
+    layer.statistics.sums["logit_gram_sum"] = logits_TE.T @ logits_TE
+    assert method.group(layer, list(range(8)), 4)[0] == [[0, 4], [1, 5], [2, 6], [3, 7]]
+    assert build("uncurl").group(layer, list(range(8)), 4)[0] == [[0, 1], [2, 3], [4, 5], [6, 7]]
 
 
 def test_features_of_hc_smoe_do_not_depend_on_the_router(make, ids):

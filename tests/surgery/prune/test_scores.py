@@ -124,22 +124,24 @@ def test_shards_merge_to_the_single_run(make):
             torch.testing.assert_close(score(method, joined), score(method, layer), rtol=1e-9, atol=1e-12)
 
 
-def test_a_constant_expert_has_no_variance_and_its_mean_replaces_it(make, ids, logits):
+def test_a_constant_expert_has_no_variance_and_its_mean_replaces_it(make, logits):
+    ids = [torch.randint(8, 80, (8, 17))]  # every expert has tokens that differ
     model = make("GptOss")
     for block in View(model):
         block.experts.down_proj.data[4] = 0
-        block.router.bias.data[4] += 1  # chosen often enough to have a mean
     before = logits(model, ids)
     layers = measure(model, ids)
-    chosen = [bool(layer.statistics["selection_count"][4]) for layer in layers]
-    assert all(float(score("output_variance", layer)[4]) < 1e-12 for layer in layers) and all(chosen)
+    for layer in layers:
+        score_E = score("output_variance", layer)
+        assert float(score_E[4]) < 1e-12 < 1e-6 < float(score_E[[e for e in range(8) if e != 4]].min())
+    means = [layer.statistics.mean("output")[4].float() for layer in layers]
     changes = operate(build("output_variance", keep=7, replace=True), layers)
-    for change in changes:
-        assert list(change.keep) == list(range(8))
-    only = [change for change in changes if change.report["replaced_by_mean"] == [4]]
-    assert only, "some layer has no other expert of variance 0"
-    if len(only) == len(changes):
-        torch.testing.assert_close(logits(model, ids), before)
+    for change, block, mean_D in zip(changes, View(model), means, strict=True):
+        assert list(change.keep) == list(range(8)) and change.report["replaced_by_mean"] == [4]
+        expert = block.bank[4]
+        assert not any(tensor.any() for name, tensor in expert.items() if name != "down_bias")
+        torch.testing.assert_close(expert["down_bias"], mean_D)
+    torch.testing.assert_close(logits(model, ids), before)
     with pytest.raises(Exception, match="no bias"):
         operate(build("output_variance", keep=7, replace=True), measure(make("Mixtral"), ids))
 
@@ -176,6 +178,35 @@ def test_gradients_of_an_expert_that_no_token_reaches_are_zero(make, ids):
     unused = torch.nonzero(layer.statistics["selection_count"] == 0).flatten()
     found = score("gradient_norm", layer)
     assert (found > 0).any() and (found[unused] == 0).all()
+
+
+def test_lengths_of_rows_and_gradients_by_hand(make):
+    """The root of the mean over sequences of the squared gradient of each one's own loss, all tensors together."""
+    ids, model = torch.randint(8, 80, (3, 9)), make("GptOss")
+    layer = measure(model, [ids], "B")[1]
+    rows_ED = layer.block.router.weight.detach().double()
+    torch.testing.assert_close(score("router_norm", layer).double(), rows_ED.square().sum(1).sqrt(), rtol=1e-6, atol=0)
+    total_E = torch.zeros(8, dtype=torch.float64)
+    for row_N in ids:
+        model.zero_grad()
+        model(input_ids=row_N[None], labels=row_N[None], use_cache=False).loss.backward()
+        for p in layer.block.experts.parameters():
+            total_E += p.grad.double().square().flatten(1).sum(1)
+    torch.testing.assert_close(score("gradient_norm", layer), (total_E / 3).sqrt(), rtol=1e-4, atol=1e-9)
+
+
+def test_the_layers_that_change_their_input_least_go(make, ids):
+    layers = measure(make("Olmoe"), ids, "C")
+    method = build("layer_drop", drop=2)
+    cosines = []
+    for layer in layers:
+        x_TD, y_TD = (side.double() for side in layer.features())
+        sums_TD = x_TD + y_TD
+        cosines.append(float(((x_TD * sums_TD).sum(1) / (x_TD.norm(dim=1) * sums_TD.norm(dim=1))).mean()))
+    looks = [method.look(layer) for layer in layers]
+    assert looks == pytest.approx(cosines)
+    gone = [gone for _, gone in method.decide(looks, [layer.facts for layer in layers])]
+    assert gone == [sum(other > cosine for other in cosines) < 2 for cosine in cosines] and sum(gone) == 2
 
 
 def test_selection_is_exact_over_the_model_and_fair_to_groups(make):

@@ -9,7 +9,7 @@ import torch
 
 from moesaic.core import registry
 from moesaic.core.errors import BadInput
-from moesaic.surgery import search
+from moesaic.surgery import reconstruct, search
 from moesaic.surgery.budget import apportion
 from moesaic.surgery.memory import best_combination, loss, masked_losses, measure, operate
 from moesaic.surgery.reconstruct import Reconstruction, never_chosen
@@ -41,6 +41,15 @@ def test_the_reported_error_is_that_of_the_changed_layer(make, ids, name):
         assert found.report["error"] == pytest.approx(min(direct.values()), rel=1e-4)
         assert found.report["search"] == "exhaustive"
         break  # one layer is thirty-six checks already
+
+
+def test_norms_of_batches_are_added_not_their_squares(make, ids, monkeypatch):
+    output = Reconstruction(measure(make("Mixtral"), ids, "R0,C")[0], 10_000)
+    moved_TD = output.output((1, 4)) - output.target_TD
+    assert output.error((1, 4)) == pytest.approx(float(moved_TD.norm()))
+    monkeypatch.setattr(reconstruct, "BATCH", 5)
+    added = sum(float(moved_TD[at : at + 5].norm()) for at in range(0, len(moved_TD), 5))
+    assert output.error((1, 4)) == pytest.approx(added) and added > 1.2 * float(moved_TD.norm())
 
 
 def test_an_expert_that_nobody_chooses_goes(make, ids, logits):

@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from moesaic.core.errors import BadInput
-from moesaic.kernels.low_bits import Packing, dequantize_matrix, quantize_matrix
+from moesaic.kernels.low_bits import GRIDS, Packing, choose_codes, dequantize_matrix, quantize_matrix
 from moesaic.surgery.memory import measure
 from moesaic.surgery.memory import operate as operate_live
 from moesaic.surgery.operate import operate
@@ -58,6 +58,21 @@ def test_more_bits_are_nearer(bits):
         scale = weight.abs().unflatten(1, (3, 64)).amax(2) / 128
         off_BA = (round_matrix(weight, 8, 64) - weight).abs() / spread(scale, 64, 192)
         assert float(off_BA.max()) <= 1.1 and float((off_BA <= 0.51).float().mean()) > 0.98
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_a_weight_that_is_not_cut_off_is_at_most_half_a_step_away(bits):
+    weight = torch.randn(64, 192, generator=torch.Generator().manual_seed(5))
+    codes, scale_BG = choose_codes(weight, bits, 64)
+    step, first = GRIDS[bits]
+    scale_BA = spread(scale_BG.float(), 64, 192)
+    level_BA = weight / scale_BA
+    ends_BA = (level_BA > (2**bits - 1) * step + first) | (level_BA < first)
+    steps_BA = (level_BA - (codes.float() * step + first)).abs() / step
+    slack_BA = 2.0**-9 * level_BA.abs() / step + 1e-6  # codes are chosen before the scale is rounded to bf16
+    assert bool((steps_BA <= 0.5 + slack_BA)[~ends_BA].all())
+    if bits == 8:  # the largest weight of a group lies on the grid; its opposite may be cut off, by a step at most
+        assert bool((steps_BA <= 1 + slack_BA).all()) and float(ends_BA.float().mean()) < 0.02
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -114,6 +114,17 @@ def test_router_loss_falls_towards_the_matches(dense):
     assert router_loss(best, scores) < router_loss(-best, scores)
 
 
+def test_router_loss_by_hand():
+    """0.75 CE to the best match, smoothed by 0.5, + 0.25 CE to the softmax of the matches, each layer's added."""
+    logits_BNE, scores_LBNE = torch.randn(2, 3, 4), 3 * torch.randn(5, 2, 3, 4)
+    log_TE, want = logits_BNE.log_softmax(-1).flatten(0, 1), 0.0
+    for score_BNE in scores_LBNE:
+        score_TE = score_BNE.flatten(0, 1)
+        hard_TE = torch.nn.functional.one_hot(score_TE.argmax(-1), 4) * 0.5 + 0.5 / 4
+        want = want - ((0.75 * hard_TE + 0.25 * score_TE.softmax(-1)) * log_TE).sum(-1).mean()
+    torch.testing.assert_close(router_loss(logits_BNE, scores_LBNE), want)
+
+
 @pytest.mark.parametrize(
     ("options", "domains", "match"),
     [
