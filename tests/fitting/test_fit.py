@@ -39,6 +39,26 @@ def test_what_cannot_fit_is_said_with_numbers(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_nothing_is_left_behind_and_a_folder_of_other_plans_is_not_used(text, tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    fit("bundled", 9 << 20, data=str(text), predict_only=True)
+    with pytest.raises(BadInput, match="1 MiB of memory"):
+        fit("bundled", 1 << 20)
+    assert list(tmp_path.iterdir()) == []
+    work = tmp_path / "work"
+    fit("bundled", 9 << 20, data=str(text), predict_only=True, work=work)
+    fit("bundled", 10 << 20, data=str(text), predict_only=True, work=work)
+    for other in ({"data": None}, {"max_bytes": 100}):
+        with pytest.raises(BadInput, match="something else than plans of this model and text"):
+            fit("bundled", 9 << 20, **{"data": str(text), "predict_only": True, "work": work, **other})
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "letter.txt").write_text("dear")
+    with pytest.raises(BadInput, match="something else"):
+        fit("bundled", 9 << 20, predict_only=True, work=mine)
+    assert (mine / "letter.txt").read_text() == "dear"
+
+
 @pytest.mark.slow
 def test_the_chosen_plan_is_measured_and_written(text, tmp_path):
     out = tmp_path / "out"

@@ -26,7 +26,9 @@ def fit(
     ] = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Write the chosen checkpoint to this folder.")] = None,
     most: Annotated[int, typer.Option(help="Plans that are built and measured.")] = 8,
-    work: Annotated[Path | None, typer.Option(help="Where plans are built; default: a temporary folder.")] = None,
+    work: Annotated[
+        Path | None, typer.Option(help="Where plans are built, and stay for a next run; default: a temporary folder.")
+    ] = None,
     new_tokens: Annotated[int, typer.Option(help="Tokens that each plan writes to be timed.")] = 48,
     max_bytes: MaxBytes = None,
     context: Context = None,

@@ -6,6 +6,7 @@ import json
 import shutil
 import tempfile
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,14 @@ from moesaic.fitting.plans import Candidate, Machine, Model, candidates, choose,
 from moesaic.fitting.trial import Trials, tried
 from moesaic.surgery.estimate import disk_rate
 from moesaic.surgery.measure import measure
-from moesaic.surgery.planning import open_plan
+from moesaic.surgery.planning import Plan, open_plan
 from moesaic.surgery.shards import check_out
 from moesaic.trace.calibration import Calibration, open_calibration
 
 NOTE = "fit.json"
+CLAIM = "of.json"
+"""In the folder where plans are built: which model and text they are of."""
+
 TIERS = ("R0", "R1")
 READ_RATE = 10e9
 """Bytes per second, where nobody measured them: only the order in which plans are tried hangs on it."""
@@ -57,7 +61,8 @@ def fit(
             looked at.
         quality: the share of bits per byte that may be lost, such as 0.02; None: nothing, only exact plans are chosen.
         out: where the chosen checkpoint is written, with `fit.json`; None: nowhere.
-        work: where plans are built; what is there already is used again.
+        work: where plans are built, and stay; what is there already of the same model and text is used again. None: a
+            temporary folder.
         most: plans that are measured.
         predict_only: do not build or run anything.
 
@@ -70,46 +75,59 @@ def fit(
     if out is not None:
         check_out(out, opened.source, opened.bytes_before)
     learn, test = halves(data, max_bytes) if data is not None else ([], [])
-    work = Path(tempfile.mkdtemp(prefix="moesaic-fit-")) if work is None else work
-    work.mkdir(parents=True, exist_ok=True)
-    counts = list[Tensor]()
+    with ExitStack() as stack:
+        if work is None:
+            work = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="moesaic-fit-")))
+        _claim(work, opened, [data, max_bytes, context])
+        counts = list[Tensor]()
 
-    def calibrate(folder: Path) -> Calibration:
-        statistics = work / f"statistics-{'whole' if folder == opened.source else folder.name}"
-        return _statistics(folder, learn, statistics, context, data or "", progress, how)
+        def calibrate(folder: Path) -> Calibration:
+            statistics = work / f"statistics-{'whole' if folder == opened.source else folder.name}"
+            return _statistics(folder, learn, statistics, context, data or "", progress, how)
 
-    if learn and not predict_only:
-        calibration = calibrate(opened.source)
-        counts = [calibration.layer(i)["selection_count"] for i in range(len(opened.facts))]
-    experts = sum(f.experts * f.expert_bytes for f in opened.facts)
-    model = Model(opened.facts, opened.bytes_before - experts, counts, 8 * opened.model.dtype.itemsize)
-    machine = Machine(read_rate, disk_rate(opened.source))
-    found = candidates(model, machine, memory, lossy=bool(data))
-    if not found:
-        raise BadInput(
-            f"{show_bytes(memory)} of memory: what is no expert takes {show_bytes(model.other_bytes)} of this model, and not "
-            f"even {'2-bit ' if data else ''}experts of {show_bytes(experts)} can be streamed through the rest"
-        )
-    report: dict[str, Any] = {
-        "model": str(path), "memory_bytes": memory, "total_bytes": opened.bytes_before, "machine": machine._asdict(),
-        "quality": quality, "candidates": [_planned(each) for each in found], "rows": [], "chosen": None, "notes": [],
-        "out": None,
-    }  # fmt: skip
-    if predict_only:
+        if learn and not predict_only:
+            calibration = calibrate(opened.source)
+            counts = [calibration.layer(i)["selection_count"] for i in range(len(opened.facts))]
+        experts = sum(f.experts * f.expert_bytes for f in opened.facts)
+        model = Model(opened.facts, opened.bytes_before - experts, counts, 8 * opened.model.dtype.itemsize)
+        machine = Machine(read_rate, disk_rate(opened.source))
+        found = candidates(model, machine, memory, lossy=bool(data))
+        if not found:
+            raise BadInput(
+                f"{show_bytes(memory)} of memory: what is no expert takes {show_bytes(model.other_bytes)} of this model, and "
+                f"not even {'2-bit ' if data else ''}experts of {show_bytes(experts)} can be streamed through the rest"
+            )
+        report: dict[str, Any] = {
+            "model": str(path), "memory_bytes": memory, "total_bytes": opened.bytes_before, "machine": machine._asdict(),
+            "quality": quality, "candidates": [_planned(each) for each in found], "rows": [], "chosen": None, "notes": [],
+            "out": None,
+        }  # fmt: skip
+        if predict_only:
+            return report
+        trials = Trials(opened.source, work, calibrate, work / "test.jsonl", _prompt(test), new_tokens, context, threads)
+        _write_test(trials.test, test)
+        rows, report["notes"] = tried(trials, promising(found, most), progress)
+        for row, best in zip(rows, pareto(rows), strict=True):
+            row["pareto"] = best
+        index = choose(rows, quality)
+        report["rows"] = rows
+        if index is not None:
+            report["chosen"] = rows[index]["plan"]
+            if out is not None:
+                report["out"] = str(_write(Path(rows[index]["folder"]), out, report, rows[index]))
         return report
-    trials = Trials(opened.source, work, calibrate, work / "test.jsonl", _prompt(test), new_tokens, context, threads)
-    _write_test(trials.test, test)
-    rows, report["notes"] = tried(trials, promising(found, most), progress)
-    for row, best in zip(rows, pareto(rows), strict=True):
-        row["pareto"] = best
-    index = choose(rows, quality)
-    report["rows"] = rows
-    if index is not None:
-        report["chosen"] = rows[index]["plan"]
-        if out is not None:
-            report["out"] = str(_write(Path(rows[index]["folder"]), out, report, rows[index]))
-    shutil.rmtree(work, ignore_errors=True)
-    return report
+
+
+def _claim(work: Path, opened: Plan, options: list[Any]) -> None:
+    """Make `work`, or see that what lies in it was built of the same model and text. Raises BadInput."""
+    files = [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in sorted(opened.source.glob("*.safetensors"))]
+    own, note = json.dumps([str(opened.source.resolve()), files, options]), work / CLAIM
+    if work.is_dir() and any(work.iterdir()) and not (note.is_file() and note.read_text() == own):
+        raise BadInput(
+            f"--work {work} holds something else than plans of this model and text: name another folder, or delete it"
+        )
+    work.mkdir(parents=True, exist_ok=True)
+    write_atomically(note, own)
 
 
 def halves(data: str, max_bytes: int | None) -> tuple[list[Document], list[Document]]:
