@@ -130,6 +130,9 @@ def test_prompts_point_router_rows(how, folder, tmp_path):
         ids = AutoTokenizer.from_pretrained(source)("def add(x, y):")["input_ids"]
         want = table[ids].mean(0)
         assert torch.allclose(rows[0], want / want.norm(), atol=1e-6)
+        ids = [AutoTokenizer.from_pretrained(source)(text)["input_ids"] for text in ("Once upon a time", "integral of x")]
+        want = table[ids[0]].mean(0) - table[ids[1]].mean(0)
+        assert torch.allclose(rows[1], want / want.norm(), atol=1e-6)
     else:
         model = AutoModelForCausalLM.from_pretrained(source)
         from transformers import AutoTokenizer

@@ -11,7 +11,7 @@ class GWMoE(Retrofitting):
     """Fine-tunes with routing/gw_moe.py in the routers' place, then hands the trained rows back to the model's own.
 
     `threshold` in nats: a token above it is unsure; the default is the paper's share of ln E. `slots` such tokens per
-    sequence, at most.
+    sequence, at most: 8 is what the released code gives an encoder, and 1 its decoder.
     """
 
     router = "gw_moe"

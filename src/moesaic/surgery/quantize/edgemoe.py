@@ -26,8 +26,10 @@ class EdgeMoe(Rounder):
 
     Published, sensitivity is a drop of validation accuracy, one run of the model per expert. Here it is the stand-in that the
     card names: the expert's output error times its share of the layer's tokens and its mean gate, relative to the size of
-    the outputs of its layer; the model's loss is taken as the sum, over K it can only rise. The preload predictor is a cache
-    policy and no surgery.
+    the outputs of its layer; the model's loss is taken as the sum, over K it can only rise. The upper width is given, not
+    searched among uniform settings. Rounding is that of all methods here: scales per group, not per channel, of least squared
+    error, so that a weight beyond the last level may be off by more than half a step. The preload predictor and the eviction
+    score are cache policies (trace/policies/edgemoe.py) and no surgery.
 
     Args:
         bits: mean bits per weight, which then says K; 0 to have `tolerate` say it.

@@ -23,7 +23,8 @@ class Sparse(ToMoE):
 
     With `normalised` weights (they sum to 1) the new model computes what the dense one does, bit for bit but for the order of
     sums. Without, outputs shrink by the chosen probabilities' sum, as in some of the paper's set-ups. Identical experts only
-    part where the router differs between tokens: its rows are random (N(0, 0.02^2)) or come from prompts (`Gates`).
+    part where the router differs between tokens: its rows are random (N(0, 0.02^2)) or come from prompts (`Gates`). The paper
+    may copy the optimiser's state, too; checkpoints here have none.
     """
 
     def __init__(
