@@ -18,7 +18,7 @@ from moesaic.trace.policies import state as S
 from moesaic.trace.policies.allocation import split
 from moesaic.trace.policies.batching import next_batch
 from moesaic.trace.policies.history import History
-from moesaic.trace.policies.learned import EPSILON, store_request
+from moesaic.trace.policies.learned import EPSILON, mix, path_key, store_request
 from moesaic.trace.policies.masks import mask
 from moesaic.trace.policies.policy import Shape
 from moesaic.trace.policies.regroup import objective, regroup, regrouped
@@ -281,6 +281,28 @@ def test_a_deterministic_path_is_foreseen_and_an_unseen_one_falls_back_to_what_i
     policy.prefetch(0)
     usual = policy.memory.usual_LM[1].tolist()
     assert policy.state.cell[S.WANT, 1, :2].tolist() == usual == [2, 1]
+
+
+def test_what_is_foreseen_is_what_the_trace_counts():
+    """Every (layer, two sets before it) of a trace: all that followed, the most frequent first; their shares sum to 1."""
+    ids = np.stack([np.random.default_rng(seed).permuted(np.tile(np.arange(4), (3, 1)), axis=1)[:, :2] for seed in range(120)])
+    found = started("edgemoe", history=requests(ids)).memory
+    wide = requests(ids).paths(8)
+    counted = {}
+    for token in ids.tolist():
+        for layer in (1, 2):
+            sets = tuple(tuple(sorted(each)) for each in token[max(0, layer - 2) : layer])
+            after = counted.setdefault((layer, sets), np.zeros(8, int))
+            after[token[layer]] += 1
+    assert len(counted) == len(wide[0]) == len(found.keys_P)
+    for (layer, sets), count_E in counted.items():
+        now, before = (int(mix(np.asarray(each)).sum()) if each else 0 for each in (sets[-1], sets[0] if sets[1:] else ()))
+        (row,) = np.flatnonzero(wide[0] == path_key(before, now, layer))
+        listed = [int(e) for e in wide[1][row] if e >= 0]
+        assert sorted(listed) == np.flatnonzero(count_E).tolist()
+        shares = count_E[listed] / count_E.sum()
+        assert shares.sum() == pytest.approx(1) and (np.diff(shares) <= 0).all()
+        assert found.next_PM[row].tolist() == [*listed, -1][:2]
 
 
 def test_at_equal_frequency_the_layer_that_has_just_run_is_evicted_from():
