@@ -8,7 +8,7 @@ import typer
 
 from moesaic.cli.common import Debug, Json, single
 from moesaic.cli.options import ChosenThreads, Context, Dtype, MaxBytes, TrustRemoteCode, pairs, use_threads
-from moesaic.cli.trained import Batch, Device, Lr, Out, Plan, Seed, SeqLen, Steps, check_out, of_domain, run, show
+from moesaic.cli.trained import Batch, Device, Lr, Out, Plan, Resume, Seed, SeqLen, Steps, check_out, of_domain, run, show
 from moesaic.core.errors import BadInput
 
 
@@ -36,6 +36,7 @@ def distill(
     seq_len: SeqLen = 256,
     seed: Seed = 0,
     plan: Plan = False,
+    resume: Resume = False,
     dtype: Dtype = "auto",
     device: Device = None,
     threads: ChosenThreads = 1,
@@ -63,8 +64,8 @@ def distill(
     use_threads(threads)
     report = run(
         student, out, family="distill", method=method, options=given, texts=found, held_out=held_out, context=context,
-        steps=steps, lr=lr, batch_size=batch_size, seq_len=seq_len, seed=seed, plan=plan, dtype=dtype, device=device,
-        teacher=teacher, trust_remote_code=trust_remote_code,
+        steps=steps, lr=lr, batch_size=batch_size, seq_len=seq_len, seed=seed, plan=plan, resume=resume, dtype=dtype,
+        device=device, teacher=teacher, trust_remote_code=trust_remote_code,
     )  # fmt: skip
     show(report, json)
 

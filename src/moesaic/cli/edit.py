@@ -8,7 +8,7 @@ import typer
 
 from moesaic.cli.common import Debug, Json, single
 from moesaic.cli.options import ChosenThreads, Context, Dtype, MaxBytes, Model, TrustRemoteCode, pairs, use_threads
-from moesaic.cli.trained import Batch, Device, Lr, Out, Plan, Seed, SeqLen, Steps, check_out, of_domain, run, show
+from moesaic.cli.trained import Batch, Device, Lr, Out, Plan, Resume, Seed, SeqLen, Steps, check_out, of_domain, run, show
 from moesaic.core.errors import BadInput
 
 
@@ -28,6 +28,7 @@ def edit(
     seq_len: SeqLen = 256,
     seed: Seed = 0,
     plan: Plan = False,
+    resume: Resume = False,
     dtype: Dtype = "auto",
     device: Device = None,
     threads: ChosenThreads = 1,
@@ -50,7 +51,7 @@ def edit(
     use_threads(threads)
     report = run(
         model, out, family="edit", method=method, options=given, texts=texts, held_out=held_out, context=context, steps=steps,
-        lr=lr, batch_size=batch_size, seq_len=seq_len, seed=seed, plan=plan, dtype=dtype, device=device,
+        lr=lr, batch_size=batch_size, seq_len=seq_len, seed=seed, plan=plan, resume=resume, dtype=dtype, device=device,
         trust_remote_code=trust_remote_code,
     )  # fmt: skip
     show(report, json)

@@ -19,6 +19,7 @@ Batch = Annotated[int, typer.Option(help="Sequences per step, of each text.")]
 SeqLen = Annotated[int, typer.Option(help="Tokens per sequence.")]
 Seed = Annotated[int, typer.Option(help="Of what is drawn, and of the order of the data.")]
 Plan = Annotated[bool, typer.Option("--plan", help="Say what would be done and written, and do nothing.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on with a training that was broken off.")]
 Device = Annotated[str | None, typer.Option(help="Where to train, such as cuda; default: the CPU.")]
 
 
@@ -84,6 +85,8 @@ def show(report: dict[str, Any], json: bool) -> None:
     for step in report.get("steps", []):
         for edited in step.get("edited", []):
             grid.add_row("edited", f"expert {edited['expert']} of layer {edited['layer']}")
+        for name, after in step.get("after", {}).items():
+            grid.add_row(name, f"{after['bits_per_byte']:.4f} bits per byte after {step['method']}")
     for name, after in report.get("after", {}).items():
         before = report["before"][name]["bits_per_byte"]
         grid.add_row(name, f"{before:.4f} -> {after['bits_per_byte']:.4f} bits per byte")

@@ -142,10 +142,13 @@ def run_step(
     given = replace(given, texts=found, seq_len=training.seq_len, seed=training.seed, steps=training.steps)
     stop = _stop_text(read.get("forget") or found.get("forget"), training)
     report["steps"] = []
-    for number, stage in enumerate(made.stages()):
+    stages = made.stages()
+    for number, stage in enumerate(stages):
         snapshot = None if work is None else work / f"stage-{number}.safetensors"
         model, row = _stage(f"{family} {method}", stage, model, given, training, train, stop, say, snapshot)
         report["steps"].append(row)
+        if number + 1 < len(stages) and row["steps"]:
+            row["after"] = _scored(model, tokenizer, read, score)
     report["after"] = _scored(model, tokenizer, read, score)
     report["router_overlap"] = _overlaps(routed, _routed(model, tokenizer, read, context))
     report["bytes_after"] = _bytes(model)
@@ -163,7 +166,7 @@ def _work(out: Path, source: Any, family: str, method: str, options: Any, traini
     files = sorted(Path(source).glob("*.safetensors")) if Path(source).is_dir() else []
     made_of = [str(source), [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in files]]
     note = json.dumps([made_of, family, method, dict(options or {}), asdict(training)], sort_keys=True, default=str)
-    if (work / "step.json").is_file():
+    if (work / "step.json").is_file() and any(work.glob("stage-*")):  # else nothing was trained
         if not resume:
             raise BadInput(f"{work} is of a training that was broken off: pass --resume, or delete it")
         if (work / "step.json").read_text() != note:

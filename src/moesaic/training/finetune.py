@@ -91,7 +91,7 @@ def finetune(
                 p.data = p.data.float()
         optimizer = build_optimizer(config, nn.ParameterList(kept))
         model.train()
-        keeper = None if snapshot is None else Snapshots(snapshot, kept, optimizer, state)
+        keeper = None if snapshot is None else Snapshots(snapshot, kept, dict(model.named_buffers()), optimizer, state)
         ended = False
         if keeper is not None:
             losses, ended = keeper.load()

@@ -26,10 +26,14 @@ class Stateful(Protocol):
 
 
 class Snapshots:
-    """Parameters, the optimiser's moments, the objective's own numbers, the random state and the losses so far, in `file`."""
+    """Parameters, the model's buffers (steps of a schedule, biases that a controller moves), the optimiser's moments, the
+    objective's own numbers, the random state and the losses so far, in `file`."""
 
-    def __init__(self, file: Path, kept: list[nn.Parameter], optimizer: torch.optim.Optimizer, state: Stateful | None) -> None:
-        self.file, self.kept, self.optimizer, self.own = file, kept, optimizer, state
+    def __init__(
+        self, file: Path, kept: list[nn.Parameter], buffers: dict[str, Tensor], optimizer: torch.optim.Optimizer,
+        state: Stateful | None,
+    ) -> None:  # fmt: skip
+        self.file, self.kept, self.buffers, self.optimizer, self.own = file, kept, buffers, optimizer, state
         self.last = time.monotonic()
 
     def save(self, losses: list[float], ended: bool = False) -> None:
@@ -37,6 +41,7 @@ class Snapshots:
         if not ended and time.monotonic() - self.last < EVERY:
             return
         found = {f"weight.{i}": p.detach().cpu() for i, p in enumerate(self.kept)}
+        found |= {f"buffer.{name}": buffer.detach().cpu() for name, buffer in self.buffers.items()}
         for i, entry in self.optimizer.state_dict()["state"].items():
             found |= {f"moment.{i}.{name}": value.cpu() for name, value in entry.items()}
         if self.own is not None:
@@ -62,12 +67,14 @@ class Snapshots:
                 ended = (opened.metadata() or {}).get("ended") == "1"
         except (OSError, SafetensorError) as error:
             raise BadInput(f"{self.file}: broken snapshot ({error}): delete it") from error
-        shapes = {f"weight.{i}": p.shape for i, p in enumerate(self.kept)}
-        if {name: tensor.shape for name, tensor in found.items() if name.startswith("weight.")} != shapes:
+        places: dict[str, Tensor] = {f"weight.{i}": p for i, p in enumerate(self.kept)}
+        places |= {f"buffer.{name}": buffer for name, buffer in self.buffers.items()}
+        shapes = {name: tensor.shape for name, tensor in found.items() if name.startswith(("weight.", "buffer."))}
+        if {name: place.shape for name, place in places.items()} != shapes:
             raise BadInput(f"{self.file} is of other parameters: delete it")
         with torch.no_grad():
-            for i, p in enumerate(self.kept):
-                p.copy_(found[f"weight.{i}"])
+            for name, place in places.items():
+                place.copy_(found[name])
         moments: dict[int, dict[str, Tensor]] = {}
         own: dict[str, Any] = {}
         for name, value in found.items():

@@ -9,7 +9,7 @@ import torch
 from torch.nn.functional import cross_entropy, one_hot
 
 from moesaic.cli.main import main
-from moesaic.surgery.distill.tgeo_kd import Controller, fused_loss, outer_loss, state
+from moesaic.surgery.distill.tgeo_kd import Controller, fused_loss, geometric_state, outer_loss
 
 
 def problem(samples=12, width=5, classes=4, valid=9):
@@ -44,7 +44,7 @@ def test_the_outer_loss_is_that_of_a_student_whose_head_made_the_step():
 def test_the_outer_gradient_is_not_0_and_matches_finite_differences():
     h_TD, w_VD, teacher_TV, label_T, valid_UD, valid_U = problem()
     student_TV, hot_TV = h_TD @ w_VD.T, one_hot(label_T, 4).double()
-    s_TS = state(student_TV.softmax(-1), teacher_TV.softmax(-1), hot_TV, torch.rand(12, 4).double())
+    s_TS = geometric_state(student_TV.softmax(-1), teacher_TV.softmax(-1), hot_TV, torch.rand(12, 4).double())
     controller = Controller(36).double()
 
     def value():
@@ -68,9 +68,9 @@ def test_the_outer_gradient_is_not_0_and_matches_finite_differences():
 
 def test_the_differences_vanish_where_all_four_agree():
     p = torch.rand(6, 4).softmax(-1)
-    found = state(p, p, p, p)
+    found = geometric_state(p, p, p, p)
     assert found.shape == (6, 36) and not found[:, 16:].any() and torch.equal(found[:, :4], p)
-    assert (state(p, p.flip(1), p, p)[:, 16:] != 0).any()
+    assert (geometric_state(p, p.flip(1), p, p)[:, 16:] != 0).any()
 
 
 def trained(adaptive, seed=0, steps=400):
@@ -92,7 +92,8 @@ def trained(adaptive, seed=0, steps=400):
     for _ in range(steps):
         pick = torch.randint(0, samples, (64,))
         student_TV = h_TD[pick] @ w_VD.T
-        s_TS = state(student_TV.detach().softmax(-1), teacher_TV[pick].softmax(-1), hot_TV[pick], mean_VV[label_T[pick]])
+        now_TV, wanted_TV = student_TV.detach().softmax(-1), teacher_TV[pick].softmax(-1)
+        s_TS = geometric_state(now_TV, wanted_TV, hot_TV[pick], mean_VV[label_T[pick]])
         alpha_T = torch.full((64,), 0.5)
         if adaptive:
             v = torch.randint(0, 200, (64,))
@@ -108,7 +109,7 @@ def trained(adaptive, seed=0, steps=400):
         fused_loss(student_TV, teacher_TV[pick], label_T[pick], alpha_T, 1.5).backward()
         inner.step()
     with torch.no_grad():
-        s_TS = state((h_TD @ w_VD.T).softmax(-1), teacher_TV.softmax(-1), hot_TV, mean_VV[label_T])
+        s_TS = geometric_state((h_TD @ w_VD.T).softmax(-1), teacher_TV.softmax(-1), hot_TV, mean_VV[label_T])
         return (test_UD @ w_VD.T).argmax(-1).eq(test_U).float().mean().item(), controller(s_TS), wrong_T
 
 

@@ -20,7 +20,7 @@ ENOUGH = 1 << 16
 """Tokens over which the teacher's class means are taken."""
 
 
-def state(s_TC: Tensor, t_TC: Tensor, g_TC: Tensor, mean_TC: Tensor) -> Tensor:
+def geometric_state(s_TC: Tensor, t_TC: Tensor, g_TC: Tensor, mean_TC: Tensor) -> Tensor:
     """[T, 9C]: student S, teacher T, label G, the teacher's mean of the class M; then (M-S)^2, (G-S)^2, (T-S)^2, (T-G)^2,
     (M-G)^2, all 0 where the four agree."""
     pairs = ((mean_TC, s_TC), (g_TC, s_TC), (t_TC, s_TC), (t_TC, g_TC), (mean_TC, g_TC))
@@ -124,13 +124,29 @@ class TGeoKD(Objective):
         self.alphas.append(alpha_T.mean().item())
         return fused_loss(student_TV, teacher_TV, label_T, alpha_T, self.tau)
 
+    def state(self) -> dict[str, Tensor]:
+        found = {f"controller.{name}": value for name, value in self.controller.state_dict().items()}
+        for i, moments in self.optimizer.state_dict()["state"].items():
+            found |= {f"moment.{i}.{name}": value for name, value in moments.items()}
+        return found | {"alphas": torch.tensor(self.alphas, dtype=torch.float64)}
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        prefix, moments = "controller.", dict[int, dict[str, Tensor]]()
+        self.controller.load_state_dict({k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)})
+        for key, value in state.items():
+            if key.startswith("moment."):
+                _, i, name = key.split(".")
+                moments.setdefault(int(i), {})[name] = value
+        self.optimizer.load_state_dict({"state": moments, "param_groups": self.optimizer.state_dict()["param_groups"]})
+        self.alphas = state["alphas"].tolist()
+
     def geometry(self, student_TV: Tensor, teacher_TV: Tensor, label_T: Tensor) -> Tensor:
         """The controller's input [T, 9 (top + 1)]."""
         best_TK = teacher_TV.topk(self.top, -1).indices
         at_TC = torch.cat([best_TK, label_T.unsqueeze(-1)], -1)
         g_TC = (at_TC == label_T.unsqueeze(-1)).float()
         s_TC, t_TC = student_TV.softmax(-1).gather(-1, at_TC), teacher_TV.softmax(-1).gather(-1, at_TC)
-        return state(s_TC, t_TC, g_TC, self.mean_VC[label_T])
+        return geometric_state(s_TC, t_TC, g_TC, self.mean_VC[label_T])
 
     def facts(self) -> dict[str, Any]:
         return {"mean_alpha_first": self.alphas[0], "mean_alpha_last": self.alphas[-1]} if self.alphas else {}

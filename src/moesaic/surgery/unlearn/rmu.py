@@ -77,6 +77,12 @@ class RMU(Unlearning):
             before_BND = layer_output(model, self.module, batch["retain"]).float()
         return (layer_output(model, self.module, batch["retain"]).float() - before_BND).square().mean()
 
+    def state(self) -> dict[str, Tensor]:
+        return {} if self.length is None else {"length": torch.tensor(self.length, dtype=torch.float64)}
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        self.length = state["length"].item() if "length" in state else self.length
+
     def facts(self) -> dict[str, Any]:
         return {"steer": self.length}
 

@@ -143,6 +143,12 @@ class SEUF(Unlearning):
                 put_back(block)
         return model
 
+    def state(self) -> dict[str, Tensor]:
+        return self.inner.state()
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        self.inner.load_state(state)
+
     def facts(self) -> dict[str, Any]:
         found = [{"layer": block.layer, "expert": e, **self._share(block, e)} for block, e in self.targets]
         return {"edited": found, **self.inner.facts()}
