@@ -233,14 +233,17 @@ def test_similarity_from_sums_is_that_of_the_columns(make, ids):
 
 
 def test_a_collapsed_router_is_exact_for_rows_that_agree(make, ids):
-    """Two members with one row: their probabilities add to the collapsed row's with log 2; GPT-OSS has a bias to hold it."""
-    model = make("GptOss")
+    """Members with one row: their probabilities add to the collapsed row's with log(members), which GPT-OSS has a bias for."""
+    model, groups = make("GptOss"), [[0, 4, 5], [1, 6], [2], [3, 7]]
     for block in View(model):
-        block.router.weight.data[4:] = block.router.weight.data[:4]
-        block.router.bias.data[4:] = block.router.bias.data[:4]
+        for group in groups:
+            for parameter in (block.router.weight, block.router.bias):
+                parameter.data[group] = parameter.data[group[0]].clone()
     layer = measure(model, ids, "R0,C")[0]
     method = build("mean", router="collapse")
-    method.group = lambda layer, members, count: ([[e, e + 4] for e in range(4)], [0, 1, 2, 3])
-    assert method.change(layer, 4).report["router_kl_nats"] == pytest.approx(0, abs=1e-9)
+    method.group = lambda layer, members, count: (groups, [0, 1, 2, 3])
+    change = method.change(layer, 4)
+    assert change.report["router_kl_nats"] == pytest.approx(0, abs=1e-9)
+    torch.testing.assert_close(change.shift_R, torch.tensor([3.0, 2, 1, 2]).log())
     other = measure(make("GptOss"), ids, "R0,C")[0]
     assert method.change(other, 4).report["router_kl_nats"] > 1e-4

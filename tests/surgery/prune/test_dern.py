@@ -85,6 +85,27 @@ def test_the_order_of_neurons_does_not_matter(make, ids, logits):
     torch.testing.assert_close(logits(first, ids), logits(second, ids), rtol=1e-3, atol=1e-4)
 
 
+def test_neurons_weigh_as_much_as_the_expert_that_they_come_from(make, ids):
+    """A neuron and a small, turned copy of it from a dropped expert: their mean by the importance of both experts."""
+    model = make("Mixtral")
+    layer = measure(model, ids, "R0")[0]
+    order = torch.argsort(layer.statistics["gate_sum"], descending=True).tolist()
+    kept, last = order[0], order[-1]
+    own, noise = layer.expert(kept), layer.block.bank[last]
+    near = {key: 0.2 * tensor + 0.01 * noise[key] for key, tensor in own.items()}
+    layer.block.bank[last] = type(noise)(near)
+    change = build(keep=7, alpha=0.9).change(layer, None)
+    assert sum(change.report["moved"][last]) == change.report["moved"][last][list(change.keep).index(kept)] == 16
+    weight = (layer.statistics["gate_sum"][[kept, last]] / float(layer.statistics["token_count"])).float()
+    assert float(weight[0]) > 1.2 * float(weight[1]) > 0
+    a, b = (neurons.rows(expert.map(lambda tensor: tensor.float())) for e in (kept, last) for expert in [layer.expert(e)])
+    size = (a.norm(dim=1, keepdim=True) + b.norm(dim=1, keepdim=True)) / 2
+    unit = torch.nn.functional.normalize
+    want = unit(weight[0] * unit(a) + weight[1] * unit(b)) * size
+    found = neurons.rows(change.experts[list(change.keep).index(kept)])
+    torch.testing.assert_close(found[torch.argsort(found[:, 0])], want[torch.argsort(want[:, 0])], rtol=1e-4, atol=1e-6)
+
+
 def test_clusters_keep_their_number_and_weights_count():
     torch.manual_seed(1)
     centres = torch.nn.functional.normalize(torch.randn(4, 24), dim=1)

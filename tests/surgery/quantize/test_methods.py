@@ -11,12 +11,13 @@ from moesaic.kernels.low_bits import choose_codes
 from moesaic.surgery.measured import output_error, run_with
 from moesaic.surgery.memory import measure
 from moesaic.surgery.operate import operate
+from moesaic.surgery.quantize import pmq
 from moesaic.surgery.quantize.awq import Awq, scales
 from moesaic.surgery.quantize.edgemoe import EdgeMoe
 from moesaic.surgery.quantize.gptq import Gptq, compensated, inverse_factor
 from moesaic.surgery.quantize.hqq import Hqq
 from moesaic.surgery.quantize.pmq import Pmq, solve
-from moesaic.surgery.rounding import on_scales, round_expert, round_matrix, spread
+from moesaic.surgery.rounding import on_scales, relative_error, round_expert, round_matrix, spread
 from moesaic.surgery.seen import seen
 from moesaic.view.block import View
 
@@ -109,6 +110,13 @@ def test_hqq_lowers_its_norm_and_a_zero_point_helps_lopsided_groups():
     assert not Hqq(4, zero=True).on_grid and torch.equal(Hqq(8, steps=0).without_zero(weight, 8), round_matrix(weight, 8, 64))
 
 
+def test_the_sparse_part_of_hqq_by_hand():
+    """sign(x) max(|x| - |x|^(p - 1) / beta, 0): the published shrinkage of a norm below 1."""
+    found = Hqq(4, p=0.7).shrunk(torch.tensor([0.5, -0.5, 0.01, 0.0]), 10.0)
+    large = 0.5 - 0.5**-0.3 / 10
+    torch.testing.assert_close(found, torch.tensor([large, -large, 0.0, 0.0]))
+
+
 def test_awq_scales_pass_through_the_expert_unrounded(make, many):
     layer = measure(make("Qwen3Moe"), many, "R0,R1")[0]
     expert, x = layer.expert(0), torch.randn(7, layer.facts.width)
@@ -172,6 +180,25 @@ def test_pmq_gives_bits_to_what_is_used(make, many):
     ):
         with pytest.raises(BadInput, match=match):
             Pmq(**options)
+
+
+def test_the_cost_of_a_width_by_hand(make, many, monkeypatch):
+    """usage^alpha gate^beta error^gamma, each a share of the layer's sum."""
+    layer = measure(make("Mixtral"), many, "R0,R2")[0]
+    seen = []
+    monkeypatch.setattr(pmq, "solve", lambda cost_EW, *_: seen.append(cost_EW) or [2] * 8)
+    for exponents in ((1.0, 1.5, 1.0), (0.5, 1.0, 2.0)):
+        method = Pmq(3.0, 32, widths="2,4", error="weights", **dict(zip(("alpha", "beta", "gamma"), exponents, strict=True)))
+        method.decide([method.look(layer)], [layer.facts])
+        usage_E = layer.statistics["selection_count"].double()
+        gate_E = layer.statistics["gate_sum"].double() / usage_E
+        experts = [layer.expert(e) for e in range(8)]
+        error_EW = torch.tensor([[relative_error(own, round_expert(own, bits, 32)) for bits in (2, 4)] for own in experts])
+        parts = [usage_E[:, None], gate_E[:, None], error_EW.double()]
+        want_EW = torch.ones(8, 2, dtype=torch.float64)
+        for part, exponent in zip(parts, exponents, strict=True):
+            want_EW = want_EW * (part / part.sum()) ** exponent
+        torch.testing.assert_close(seen.pop(), want_EW)
 
 
 def test_edgemoe_lowers_more_experts_as_more_loss_is_tolerated(make, many):
