@@ -66,6 +66,31 @@ def lines(path, rows):
     return str(path)
 
 
+def test_sdm_network_then_run(tiny_moe, tmp_path):
+    """Right units are colons, wrong ones equals signs: what is held out is told apart, and an answer is judged by units."""
+    words = ("scores", "keeps", "has", "is", "and", "routes", "of", "the")
+    rows = [
+        {"prompt": f"{a} {b}", "text": end, "label": name}
+        for a in words for b in words for end, name in ((":::::", "right"), ("=====", "wrong"))
+    ]  # fmt: skip
+    store, head = tmp_path / "units.safetensors", tmp_path / "head.safetensors"
+    options = ["-o", str(store), "--head", str(head), "--splits", "1", "--alpha", "0.6", "--head-lr", "1e-2", "--lr", "1e-2"]
+    given = ["sdm-network", str(tiny_moe), "--data", lines(tmp_path / "u.jsonl", rows)]
+    made = called([*given, *options, "--json"])
+    assert made["rows"] == 128 and made["held_out"] == 32 and made["accuracy"] >= 0.9
+    assert made["losses"][-1] < made["losses"][0]
+    common = [str(tiny_moe), "the router", "--max-new-tokens", "6", "--temperature", "0", "--no-page", "--json"]
+    plain = called(common, run_app)
+    steered = called([*common, "--steer", f"sdm_network:store={store},head={head},unit=3"], run_app)
+    note = steered["steer_notes"]["sdm_network"]
+    assert plain["text"].startswith(steered["text"]) and note["units"] <= 2
+    assert sum(steered["load"][0]["load"]) > 0
+    assert (note["units"] == 2) == (steered["text"] == plain["text"])
+    (tmp_path / "bad.jsonl").write_text('{"prompt": "a", "text": "b", "label": "good"}\n')
+    with pytest.raises(BadInput, match="a row is"):
+        called(["sdm-network", str(tiny_moe), "--data", str(tmp_path / "bad.jsonl"), *options])
+
+
 def test_sdm_then_run(tiny_moe, tmp_path):
     """Two kinds of text, told apart by their last words; the store says so of a prompt, and what is far is not answered."""
     words = ("scores", "keeps", "has", "is", "and", "routes", "of", "the", "an", "expert")

@@ -101,7 +101,7 @@ class Session:
         recorder, refused = self.recorder, []  # type: ignore[var-annotated]
 
         def courses(found: list[Any]) -> None:
-            if recorder is not None:
+            if recorder is not None and found[0].tokens != 0:
                 recorder.clear()  # the text so far is read again
                 recorder.passes = 1 + len(found[0].beside)
             self.notes.update(found[0].notes)

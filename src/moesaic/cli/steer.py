@@ -14,12 +14,14 @@ from moesaic.cli.options import ChosenThreads, Dtype, Model, TrustRemoteCode, us
 from moesaic.cli.steer_mogu import mogu
 from moesaic.cli.steer_rows import QUESTION, is_question, json_rows, question_ids
 from moesaic.cli.steer_sdm import sdm
+from moesaic.cli.steer_sdm_network import sdm_network
 from moesaic.core.errors import BadInput
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, no_args_is_help=True, help=__doc__)
 
 
 app.command("sdm")(sdm)
+app.command("sdm-network")(sdm_network)
 app.command("mogu")(mogu)
 
 

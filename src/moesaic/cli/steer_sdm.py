@@ -82,7 +82,7 @@ def sdm(
     if json:
         emit(result)
         return
-    _show(result)
+    show(result, f"sdm:store={result['store']}")
 
 
 def _labelled(live: Any, row: dict[str, Any], most: int) -> tuple[list[int], str] | None:
@@ -98,7 +98,7 @@ def _labelled(live: Any, row: dict[str, Any], most: int) -> tuple[list[int], str
     return ids, "right" if right(live.model, ids, answer, choices) else "wrong"
 
 
-def _show(result: dict[str, Any]) -> None:
+def show(result: dict[str, Any], spec: str) -> None:
     def share(value: float | None) -> str:
         return "-" if value is None else f"{value:.1%}"
 
@@ -110,4 +110,4 @@ def _show(result: dict[str, Any]) -> None:
     )
     if not result["can_admit"]:
         console.print(f"[yellow]nothing reaches alpha {result['alpha']:g}: give more rows, or a lower --alpha[/yellow]")
-    console.print(f"store: {result['store']}; use it: --steer sdm:store={result['store']}", highlight=False)
+    console.print(f"store: {result['store']}; use it: --steer {spec}", highlight=False)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -76,8 +77,10 @@ def write(
 ) -> Tensor:
     """`model.generate` under steering: ids [B, N] in, ids [B, N + new] out; a Steering for all rows, or one per row.
 
-    `on_course` is called with the courses of the rows, each time they are set. A refused answer has no new tokens. Raises
-    BadInput for a batch whose rows must be written one at a time, and for what `model.generate` would give in another form.
+    `on_course` is called with the courses of the rows, each time they are set, with 0 tokens where a check ended the answer. A
+    refused answer has no new tokens, or none after the last that was verified; a streamer gets tokens that may be taken back
+    only once they stay. Raises BadInput for a batch whose rows must be written one at a time, and for what `model.generate`
+    would give in another form.
     """
     count, start = input_ids.shape
     if how.get("return_dict_in_generate"):
@@ -99,15 +102,26 @@ def write(
                 raise BadInput(f"steer: {next((s.alone for s in each if s.alone), 'this method')}: one row at a time")
             changes = courses[0].tokens if courses[0].then is not None else None
             room = left if changes is None else min(left, changes)
+            if through is not None:
+                through.holds = courses[0].checks
             with _calls(model, each[0].blocks, courses, how):
                 made = model.generate(ids_BN, attention_mask=mask_BN, max_new_tokens=room, streamer=through, **how)
             new = made.shape[1] - ids_BN.shape[1]
             left -= new
             ids_BN, then = made, courses[0].then
             mask_BN = torch.cat([mask_BN, mask_BN.new_ones(count, new)], 1)
-            if then is None or left <= 0 or new < room or _ended(model, made, how.get("eos_token_id")):
+            over = left <= 0 or new < room or _ended(model, made, how.get("eos_token_id"))
+            if then is None or (over and not courses[0].checks):
                 break
             courses = [finish(then(ids_BN[0].tolist()))]
+            if back := courses[0].back:
+                ids_BN, mask_BN, left = ids_BN[:, :-back], mask_BN[:, :-back], left + back
+            if through is not None:
+                through.release(back)
+            if courses[0].refused or (over and not back):
+                if on_course is not None:
+                    on_course([replace(courses[0], tokens=0)])
+                break
     finally:
         if through is not None:
             through.close()
@@ -191,13 +205,25 @@ class _Through(BaseStreamer):
 
     def __init__(self, streamer: Any) -> None:
         self.streamer, self.prompts, self.fresh = streamer, 0, True
+        self.holds, self.held = False, list[Any]()
+        """Whether tokens wait until they are known to stay, and those that do."""
 
     def put(self, value: Tensor) -> None:
         if self.fresh:
             self.fresh, self.prompts = False, self.prompts + 1
             if self.prompts > 1:
                 return
-        self.streamer.put(value)
+            self.streamer.put(value)
+        elif self.holds:
+            self.held.append(value)
+        else:
+            self.streamer.put(value)
+
+    def release(self, back: int) -> None:
+        """Hand on what waited, but the last `back` tokens."""
+        for value in self.held[: len(self.held) - back]:
+            self.streamer.put(value)
+        self.held.clear()
 
     def end(self) -> None:
         self.fresh = True

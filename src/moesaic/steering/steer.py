@@ -23,6 +23,8 @@ class Steer:
     """Options that name a file."""
     alone: ClassVar[str | None] = None
     """Why answers under this method share no call with others; None where they do."""
+    rewrites: ClassVar[str | None] = None
+    """Why a server, which sends tokens as they come, cannot follow this method; None where it can."""
     own = False
     """Whether several answers to one prompt need a course each: one that remembers what it has drawn."""
 
@@ -98,3 +100,7 @@ class Steering:
     @property
     def alone(self) -> str | None:
         return next((method.alone for method in self.methods if method.alone), None)
+
+    @property
+    def rewrites(self) -> str | None:
+        return next((method.rewrites for method in self.methods if method.rewrites), None)

@@ -49,8 +49,10 @@ class Course:
         around: opens what holds during the model's calls and cannot tell rows apart: such an answer shares no call.
         tokens: after so many new tokens `then` gives the next course, and the text so far is read again.
         then: then(ids so far) -> the next course, as steps.
+        checks: whether `then` is also asked when the answer ends before that, and may still take its last tokens back.
+        back: so many tokens of the text so far are taken back before this course goes on, or refuses to.
         notes: what is worth telling beside the answer.
-        refused: why no answer is written at all.
+        refused: why no answer is written at all, or no more of it.
     """
 
     policy: Policy | None = None
@@ -59,6 +61,8 @@ class Course:
     around: Callable[[], AbstractContextManager[Any]] | None = None
     tokens: int | None = None
     then: Callable[[list[int]], Steps[Course]] | None = None
+    checks: bool = False
+    back: int = 0
     notes: dict[str, Any] = field(default_factory=dict)
     refused: str | None = None
 
@@ -85,7 +89,7 @@ def together(courses: Sequence[Course]) -> Course:
         whole = replace(
             whole, policy=policy, beside=whole.beside or course.beside, mix=whole.mix or course.mix,
             around=whole.around or course.around, notes={**whole.notes, **course.notes},
-            refused=whole.refused or course.refused,
+            refused=whole.refused or course.refused, back=max(whole.back, course.back),
         )  # fmt: skip
     leads = [course for course in courses if course.then is not None]
     if leads:
@@ -96,5 +100,5 @@ def together(courses: Sequence[Course]) -> Course:
         def then(ids: list[int]) -> Steps[Course]:
             return together([(yield from lead_on(ids)), *others])
 
-        whole = replace(whole, tokens=lead.tokens, then=then)
+        whole = replace(whole, tokens=lead.tokens, then=then, checks=lead.checks)
     return whole

@@ -92,6 +92,7 @@ def test_a_method_that_fails_fails_its_own_answer(tiny):
             return self
 
         own = False
+        rewrites = None
 
         def steps(self, prompt_ids):
             raise BadInput("no reference is near this prompt")

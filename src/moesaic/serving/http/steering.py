@@ -17,7 +17,7 @@ from moesaic.view.course import Course, Steps, ready
 from moesaic.view.policy import by_layer, resolve
 
 Methods = Callable[[Mapping[str, Any]], Any]
-"""`routing` of a request -> what has `bind(model, blocks, tokenizer)`, `steps(prompt_ids)` and `own`."""
+"""`routing` of a request -> what has `bind(model, blocks, tokenizer)`, `steps(prompt_ids)`, `own` and `rewrites`."""
 
 
 class Steering:
@@ -43,6 +43,8 @@ class Steering:
             if methods is None:
                 raise BadInput("routing: this server was started without steering methods")
             self._methods = methods({**given, "steer": steer}).bind(model, blocks, tokenizer)
+            if self._methods.rewrites:
+                raise BadInput(f"routing: {self._methods.rewrites}, and a server has sent it: use `moesaic run` or Python")
 
     @property
     def own(self) -> bool:
