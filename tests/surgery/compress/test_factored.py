@@ -16,6 +16,7 @@ from moesaic.surgery.factored import low_rank, moment_of, upright, whitened
 from moesaic.surgery.memory import measure
 from moesaic.surgery.memory import operate as operate_live
 from moesaic.surgery.operate import operate
+from moesaic.surgery.reconstruct import Reconstruction
 from moesaic.surgery.shapes import facts_of
 from moesaic.view.block import View
 
@@ -186,6 +187,17 @@ def test_ranks_follow_importance_and_sum_exactly():
     found = ranks([8, 4, 2, 1], 37, 16, 0.25)
     assert sum(found) == 37 and found == sorted(found, reverse=True) and max(found) <= 16 and min(found) >= 2
     assert ranks([1, 0, 0], 400, 16, 0.0) == [16, 16, 16]
+
+
+def test_moe_i2_gives_ranks_to_the_experts_that_the_output_misses_most(make, ids):
+    layer = measure(make("Olmoe"), ids, "C")[0]
+    method, output = MoeI2Ranks(0.5, floor=0.0), Reconstruction(layer, 1024)
+    change = method.change(layer, method.look(layer))
+    assert change.scores.tolist() == pytest.approx([output.error((e,)) for e in range(8)])
+    order = torch.argsort(change.scores).tolist()
+    for side in ("first", "down"):
+        given = [change.report[f"{side}_ranks"][e] for e in order]
+        assert given == sorted(given) and given[0] < given[-1]
 
 
 def test_mc_smoe_keeps_the_rows_that_matter(make, ids, logits):

@@ -52,6 +52,23 @@ def test_dead_neurons_go_first_and_nothing_changes(make, ids, logits, by):
     torch.testing.assert_close(logits(model, ids), before)
 
 
+def test_scores_by_hand(make):
+    """Over the tokens routed to the expert; one without tokens is ranked by its weights."""
+    ids = [torch.randint(8, 80, (6, 17), generator=torch.Generator().manual_seed(2))]
+    layer = measure(make("Mixtral"), ids, "R0,R1,C")[0]
+    x_TD = layer.features()[0]
+    e = int(layer.statistics["selection_count"].argmax())
+    expert = layer.expert(e)
+    h_SI = layer.run(e, x_TD[(layer.block.route(x_TD).experts_TK == e).any(1)])[0].double()
+    down_I = expert["down"].double().norm(dim=0)
+    norm_I = expert["gate"].double().norm(dim=1) * expert["up"].double().norm(dim=1) * down_I
+    wanted = {"abs": h_SI.abs().mean(0), "square": h_SI.square().mean(0), "output": h_SI.abs().mean(0) * down_I, "norm": norm_I}
+    for by, want_I in wanted.items():
+        torch.testing.assert_close(Neurons(0.5, by).score(layer, e, expert), want_I, rtol=1e-4, atol=1e-9)
+    layer.statistics.sums["selection_count"] = torch.zeros(8, dtype=torch.float64)
+    torch.testing.assert_close(Neurons(0.5, "abs").score(layer, e, expert), norm_I, rtol=1e-6, atol=0)
+
+
 def test_bad_sizes_are_named(make):
     facts = facts_of(View(make("Mixtral")))
     with pytest.raises(BadInput, match="have 16 neurons"):
