@@ -7,7 +7,7 @@ import torch
 
 from moesaic.core.context import RoutingContext
 from moesaic.core.errors import BadInput
-from moesaic.layers.hecto import Hecto
+from moesaic.layers.hecto import Hecto, SequenceGRU
 
 
 def context(batch, length, **kw):
@@ -84,3 +84,59 @@ def test_refusals():
         Hecto(16, outputs=4)(torch.randn(1, 3, 16), context(1, 3))
     with pytest.raises(BadInput, match="ffn or gru"):
         Hecto(16, kinds=("cnn",))
+
+
+SYMBOLS, LENGTH, DIM = 10, 12, 16
+
+
+def mixed(count, random, table):
+    """Sequences [count, 1 + LENGTH, DIM], labels and kinds: kind 0 turns on the order of symbols 0 and 1, kind 1 on whether 2
+    or 3 is the more frequent. The first vector, an encoder's [CLS], is the mean of the others and a mark of the kind."""
+    kind, label = (torch.randint(0, 2, (count,), generator=random) for _ in range(2))
+    ids = torch.randint(4, SYMBOLS, (count, LENGTH), generator=random)
+    few, more = (torch.randint(1, high, (count,), generator=random) for high in (3, 4))
+    for i in range(count):
+        at = torch.randperm(LENGTH, generator=random)
+        if kind[i] == 0:
+            ids[i, at[:2].sort().values] = torch.tensor([0, 1] if label[i] else [1, 0])
+        else:
+            often, seldom = (2, 3) if label[i] else (3, 2)
+            ids[i, at[: few[i]]] = seldom
+            ids[i, at[few[i] : 2 * few[i] + more[i]]] = often
+    x = table[ids]
+    return torch.cat([(3 * x.mean(1) + table[SYMBOLS + kind])[:, None], x], 1), label, kind
+
+
+def trained(kinds, seed, steps=400):
+    """Accuracy on either kind, the share of either that goes to a GRU, and multiply-adds of the experts per sequence."""
+    random = torch.Generator().manual_seed(seed)
+    torch.manual_seed(seed)
+    table = torch.randn(SYMBOLS + 2, DIM, generator=random)
+    layer = Hecto(DIM, 2, outputs=2, width=32, project=32, kinds=kinds)
+    optimiser = torch.optim.Adam(layer.parameters(), lr=5e-3)
+    for _ in range(steps):
+        x, label, _ = mixed(64, random, table)
+        y, routing = layer.pooled(x, context(64, 1 + LENGTH, mode="train"))
+        loss = torch.nn.functional.cross_entropy(y, label) + routing.aux["loss/entropy"] + routing.aux["loss/diversity"]
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+    x, label, kind = mixed(1000, random, table)
+    with torch.no_grad():
+        y, routing = layer.eval().pooled(x, context(1000, 1 + LENGTH))
+    chosen = routing.experts_TK[:: 1 + LENGTH, 0]
+    gru = torch.tensor([isinstance(expert, SequenceGRU) for expert in layer.experts])[chosen].float()
+    right = (y.argmax(-1) == label).float()
+    cost = gru * (1 + LENGTH) * 6 * 32 * 32 + (1 - gru) * 32 * 32
+    return [float(part[kind == k].mean()) for part in (right, gru) for k in (0, 1)] + [float(cost.mean())]
+
+
+@pytest.mark.slow
+def test_a_mixed_pair_beats_two_ffns_and_costs_less_than_two_grus():
+    order, counts, to_gru, _, cost = trained(("ffn", "gru"), 1)
+    assert min(order, counts) > 0.97 and to_gru > 0.9
+    ffn_order, ffn_counts, *_, ffn_cost = trained(("ffn",), 1)
+    assert ffn_order < 0.65 and ffn_counts > 0.97, "order is not in the first vector"
+    gru_order, gru_counts, *_, gru_cost = trained(("gru",), 1)
+    assert min(gru_order, gru_counts) > 0.97
+    assert ffn_cost < cost < 0.8 * gru_cost
