@@ -115,6 +115,8 @@ def test_only_listed_layers_and_the_last_token_differ(olmoe, store, ids):
         same_T = torch.isclose(a.weights_TK, b.weights_TK, atol=1e-6).all(1)  # products of other sizes round differently
         assert same_T[:-1].all()
         assert bool(same_T[-1]) == (layer < 2), layer
+    first = bound(olmoe, C3po(store, alpha=0.0, layers=2, leak=1.0, where="first")).start(ids[0].tolist()).policy
+    assert list(first.probs) == [block.name for block in list(blocks)[:2]]
     leaked = bound(olmoe, C3po(store, leak=1e-3)).start(ids[0].tolist())
     assert leaked.policy is None or leaked.notes["c3po_neighbours"] > 0
 
@@ -149,7 +151,7 @@ def test_a_prompt_read_before_is_a_prompt_read_whole(make, name, ids):
         answer = model.generate(ids, max_new_tokens=2, do_sample=False)[:, ids.shape[1] :].tolist()
     made = collect(model, blocks, list(zip(ids.tolist(), answer, [None] * 2, strict=True)))
     method = bound(model, C3po(made, leak=1.001)).methods[0]
-    omega = made.pathway_nLE[1, method.first :].clone().requires_grad_()
+    omega = made.pathway_nLE[1, method.span].clone().requires_grad_()
     prefix = finish(method.prefix(0))
     assert prefix is not None
     for _ in range(2):
@@ -164,9 +166,9 @@ def test_descent_lowers_the_neighbours_loss(olmoe, store, ids):
     method = bound(olmoe, C3po(store, "ngd", lr=0.05, leak=1.0, core=8)).methods[0]
     own_LE, vector = look(olmoe, method.blocks, ids[0].tolist())
     near, weight = method.near(vector)
-    moved, _ = finish(method.moved(own_LE[method.first :], near, weight))
+    moved, _ = finish(method.moved(own_LE[method.span], near, weight))
     with torch.no_grad():
-        before, after = (float(whole(method, w, near, weight)) for w in (own_LE[method.first :], moved))
+        before, after = (float(whole(method, w, near, weight)) for w in (own_LE[method.span], moved))
     assert after < before
     torch.testing.assert_close(moved.sum(-1), torch.ones(len(moved)))
     with torch.inference_mode():
@@ -177,7 +179,7 @@ def test_descent_lowers_the_neighbours_loss(olmoe, store, ids):
 def test_line_search_takes_the_least_loss(olmoe, store, ids):
     method = bound(olmoe, C3po(store, leak=1.0)).methods[0]
     own_LE, vector = look(olmoe, method.blocks, ids[0].tolist())
-    own_LE = own_LE[method.first :]
+    own_LE = own_LE[method.span]
     near, weight = method.near(vector)
     moved, alpha = finish(method.moved(own_LE, near, weight))
     with torch.no_grad():
@@ -189,7 +191,7 @@ def test_line_search_takes_the_least_loss(olmoe, store, ids):
 
 
 def test_what_cannot_be_is_refused(make, olmoe, store, ids):
-    for options in ({"alpha": 2.0}, {"how": "best"}, {"neighbours": 0}, {"kernel": "x"}):
+    for options in ({"alpha": 2.0}, {"how": "best"}, {"neighbours": 0}, {"kernel": "x"}, {"where": "middle"}):
         with pytest.raises(BadInput, match="c3po"):
             C3po(store, **options)
     with pytest.raises(BadInput, match="core 99"):

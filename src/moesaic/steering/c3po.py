@@ -42,6 +42,7 @@ class C3po(Steer):
     put back on the simplex. `alpha` None is a line search over 0, 0.1 .. 1 on L (0.5 for "mode"). Only the `core` experts that
     weigh most at first move (20 of 64 by default), and the rest keep their mass before the whole is scaled to 1.
     `decode` also replaces in every step of decoding, as the released code does; the paper means the prompt's last token.
+    `where="first"` moves the first `layers` layers instead, a control that the paper compares with.
     Routers must score by softmax. Without a neighbour nothing changes.
     """
 
@@ -60,9 +61,12 @@ class C3po(Steer):
         kernel: Literal["gaussian", "cosine"] = "gaussian",
         leak: float = 0.95,
         decode: bool = False,
+        where: Literal["last", "first"] = "last",
     ) -> None:
         if how not in ("regression", "ngd", "mode") or kernel not in ("gaussian", "cosine"):
             raise BadInput(f"c3po: how {how!r} is regression, ngd or mode; kernel {kernel!r} is gaussian or cosine")
+        if where not in ("last", "first"):
+            raise BadInput(f"c3po: where {where!r} is last or first")
         if (
             min(layers, neighbours, steps) < 1
             or max(neighbours, steps) > MOST
@@ -75,6 +79,7 @@ class C3po(Steer):
         self.store = store if isinstance(store, References) else kept(References.read, store)
         self.how, self.layers, self.core, self.neighbours, self.alpha = how, layers, core, neighbours, alpha
         self.count, self.lr, self.kernel, self.leak, self.decode = steps, lr, kernel, leak, decode
+        self.where = where
         self.embed: Embed | None = None
         """Set it to use another embedding than the store's default."""
 
@@ -85,11 +90,11 @@ class C3po(Steer):
             raise BadInput(
                 f"c3po: the references are of {self.store.model or 'another model'}, whose experts differ: build them again"
             )
-        self.first = max(0, len(blocks) - self.layers)
-        counts = {block.num_experts for block in list(blocks)[self.first :]}
+        self.span = slice(max(0, len(blocks) - self.layers), None) if self.where == "last" else slice(self.layers)
+        counts = {block.num_experts for block in list(blocks)[self.span]}
         if self.core is not None and not 1 <= self.core <= min(counts):
             raise BadInput(f"c3po: core {self.core}: between 1 and the {min(counts)} experts of a layer")
-        resolve(self.policy(self.store.pathway_nLE[0, self.first :]), blocks)
+        resolve(self.policy(self.store.pathway_nLE[0, self.span]), blocks)
 
     def steps(self, prompt_ids: Sequence[int]) -> Steps[Course]:
         with torch.inference_mode(False):
@@ -97,7 +102,7 @@ class C3po(Steer):
             near, weight_k = self.near(vector_M)
         if not near:
             return Course(notes={"c3po_neighbours": 0})
-        moved_LE, alpha = yield from self.moved(own_LE[self.first :], near, weight_k)
+        moved_LE, alpha = yield from self.moved(own_LE[self.span], near, weight_k)
         notes = {"c3po_neighbours": len(near), "c3po_alpha": alpha}
         return Course(policy=None if alpha == 1 else self.policy(moved_LE), notes=notes)
 
@@ -113,7 +118,7 @@ class C3po(Steer):
 
     def moved(self, own_LE: Tensor, near: list[int], weight_k: Tensor) -> Steps[tuple[Tensor, float | None]]:
         """omega and the alpha that made it (None for ngd)."""
-        theirs_kLE = self.store.pathway_nLE[near, self.first :]
+        theirs_kLE = self.store.pathway_nLE[near, self.span]
         core_LE = self.core_of(own_LE)
         if self.how == "ngd":
             return (yield from self.descend(own_LE, core_LE, near, weight_k)), None
@@ -189,7 +194,7 @@ class C3po(Steer):
         return torch.tensor([list(ids)], device=self.model.get_input_embeddings().weight.device)
 
     def policy(self, omega_LE: Tensor, at: Any = None) -> Policy:
-        blocks = list(self.experts())[self.first :]
+        blocks = list(self.experts())[self.span]
         probs = {block.name: row[: block.num_experts] for block, row in zip(blocks, omega_LE, strict=True)}
         return Policy(probs=probs, at=("last" if self.decode else "prompt") if at is None else at)
 
