@@ -87,6 +87,8 @@ def test_sdm_network_then_run(tiny_moe, tmp_path):
     assert sum(steered["load"][0]["load"]) > 0
     assert (note["units"] == 2) == (steered["text"] == plain["text"])
     (tmp_path / "bad.jsonl").write_text('{"prompt": "a", "text": "b", "label": "good"}\n')
+    with pytest.raises(BadInput, match="two files"):
+        called([*given, "-o", str(head), "--head", str(head)])
     with pytest.raises(BadInput, match="a row is"):
         called(["sdm-network", str(tiny_moe), "--data", str(tmp_path / "bad.jsonl"), *options])
 

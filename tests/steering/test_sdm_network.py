@@ -159,6 +159,10 @@ def test_a_failed_unit_is_drawn_again_and_never_streamed(mixtral, files, monkeyp
     assert [len(unit) for _, unit in asked] == [3, 3, 3, 1], "the last, shorter unit is verified too"
     assert asked[1][0] == asked[2][0] == made[:7] and asked[1][1] != asked[2][1] == made[7:10]
     Rule.fails = 0
+    padded, mask = torch.tensor([[0, 0, 30, 41, 52, 33]]), torch.tensor([[0, 0, 1, 1, 1, 1]])
+    asked.clear()
+    write(mixtral, padded, bound(mixtral, method), attention_mask=mask, max_new_tokens=3, pad_token_id=0)
+    assert asked[0][0] == [30, 41, 52, 33], "padding is no text"
     how = {"max_new_tokens": 7, "do_sample": True, "pad_token_id": 0}
     torch.manual_seed(1)
     whole = write(mixtral, prompt, bound(mixtral, method), **how)
@@ -169,8 +173,8 @@ def test_a_failed_unit_is_drawn_again_and_never_streamed(mixtral, files, monkeyp
 def test_files(mixtral, files, trained, units, tmp_path):
     head = Head.read(files["head"])
     assert torch.equal(head.weight_VD, trained[0].weight_VD)
-    for a, b in zip(units[:2], units[:2], strict=True):
-        assert torch.equal(unit_features(mixtral, head, *a[:2]), unit_features(mixtral, trained[0], *b[:2]))
+    for prompt, unit, _ in units[:2]:
+        assert torch.equal(unit_features(mixtral, head, prompt, unit), unit_features(mixtral, trained[0], prompt, unit))
     (tmp_path / "bad").write_bytes(b"12345678")
     for name in (str(tmp_path / "bad"), str(tmp_path / "none"), files["store"]):
         with pytest.raises(BadInput, match="no head of an SDM network"):

@@ -55,6 +55,8 @@ def sdm_network(
         raise BadInput("--unit, --splits, --width, --epochs, --head-epochs, --max-prompts and --max-tokens are at least 1")
     if not 0 < lr < float("inf") or not 0 < head_lr < float("inf"):
         raise BadInput(f"--lr {lr}, --head-lr {head_lr}: above 0")
+    if out.resolve() == head.resolve():
+        raise BadInput(f"--out and --head are both {out}: they are two files")
     import torch
 
     from moesaic.cli.loading import open_model

@@ -113,7 +113,7 @@ def write(
             over = left <= 0 or new < room or _ended(model, made, how.get("eos_token_id"))
             if then is None or (over and not courses[0].checks):
                 break
-            courses = [finish(then(ids_BN[0].tolist()))]
+            courses = [finish(then(ids_BN[0][mask_BN[0].bool()].tolist()))]
             if back := courses[0].back:
                 ids_BN, mask_BN, left = ids_BN[:, :-back], mask_BN[:, :-back], left + back
             if through is not None:

@@ -33,8 +33,8 @@ class Sdm(Steer):
     text of admitted prompts are untouched.
 
     `store`: a file of `write_store`, made from `calibrate` (steering/sdm_model.py) over `features` of labelled prompts.
-    Activation, calibration and admission follow the card; its extension, an LM head with two logit vectors and fine-tuning
-    by the SDM loss, is not here. The exact search costs n M per prompt.
+    Activation, calibration and admission follow the card; its extension, an LM head with two logit vectors, is
+    `sdm_network`. The exact search costs n M per prompt.
     """
 
     files: ClassVar[frozenset[str]] = frozenset({"store"})
