@@ -221,6 +221,13 @@ def test_evomoe_exact_copies_are_the_one_expert_and_masks_are_unbiased():
     x_TD = torch.randn(20, 32)
     alone = (torch.nn.functional.silu(x_TD @ source.gate.T) * (x_TD @ source.up.T)) @ source.down.T
     torch.testing.assert_close(block.parent(x_TD.unsqueeze(0)).reshape(20, -1), alone, rtol=1e-3, atol=1e-5)
+    masked = build()
+    prepared(EvoMoE(source=3, zeroed=0.5), masked)
+    for expert in (view(masked)[0].bank[e] for e in range(8)):
+        for part, weight in expert.items():
+            stays = weight != 0
+            assert 0.3 < stays.float().mean() < 0.7
+            torch.testing.assert_close(weight[stays], 2 * source[part][stays])
     draws = []
     for seed in range(60):
         bank = view(model)[0].bank

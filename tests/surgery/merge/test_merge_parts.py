@@ -218,6 +218,16 @@ def test_sub_moe_uncut_is_the_average_and_cut_is_no_better_than_the_best(make, i
                 torch.testing.assert_close(tensor, uncut.experts[place][key], rtol=1e-4, atol=1e-5)
 
 
+def test_sub_moe_clusters_directions_not_lengths(make):
+    generator = torch.Generator().manual_seed(6)
+    direction = torch.nn.functional.normalize(torch.randn(4, 32, generator=generator), dim=1)
+    length = torch.tensor([1.0, 30.0, 2.0, 9.0, 20.0, 1.5, 12.0, 40.0])
+    outputs = direction.repeat(2, 1) * length[:, None]
+    layer = layer_with(make, selection_count=torch.ones(8), all_output_sum=outputs, all_token_count=1.0)
+    groups, _ = build("sub_moe").group(layer, list(range(8)), 4)
+    assert sorted(groups) == [[0, 4], [1, 5], [2, 6], [3, 7]]
+
+
 def test_similarity_from_sums_is_that_of_the_columns(make, ids):
     model = make("Olmoe")
     layer = measure(model, ids, "R0,R1,A1,C")[1]

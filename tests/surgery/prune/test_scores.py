@@ -8,6 +8,7 @@ import torch
 from moesaic.core import registry
 from moesaic.surgery.layer import Layer
 from moesaic.surgery.memory import in_rounds, measure, operate, progressively, round_sizes
+from moesaic.surgery.prune.reap import super_experts
 from moesaic.surgery.select import select
 from moesaic.surgery.shapes import facts_of
 from moesaic.trace.calibration.store import LayerStatistics, added
@@ -99,6 +100,15 @@ def test_super_experts_are_protected_in_the_first_layers_only(make, ids, where):
         assert guarded == ([weakest] if number == where == 0 else []) and (weakest in kept) >= (number == where == 0)
     plain = build("reap", keep=2)
     assert weakest not in plain.decide([plain.look(layer) for layer in layers], facts)[where][1]
+
+
+def test_the_bar_of_super_experts_is_a_quantile_or_a_tenth_of_the_largest():
+    peaks = [torch.full((100,), 1.0) for _ in range(8)]
+    peaks[0][3], peaks[1][4], peaks[2][5], peaks[7][6] = 100.0, 11.0, 9.0, 50.0
+    assert super_experts(peaks) == [[3], [4], [], [], [], [], [], []]  # 9 is above the quantile, and not above 100 / 10
+    for peak_E in peaks:
+        peak_E[10:20] = 12.0  # a tenth of all: the quantile is above 10 now
+    assert super_experts(peaks) == [[3], [], [], [], [], [], [], []]
 
 
 def test_counts_and_masses_add_up(make, ids):

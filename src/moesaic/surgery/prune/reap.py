@@ -42,13 +42,7 @@ class Reap(Scored):
         return self.score(layer), layer.statistics["output_max"]
 
     def decide(self, looks: Sequence[Any], blocks: Sequence[Facts]) -> list[Any]:
-        protected: list[list[int]] = [[] for _ in blocks]
-        if self.protect:
-            peaks = torch.cat([peak_E for _, peak_E in looks]).double()
-            bar = max(float(torch.quantile(peaks, 0.995)), float(peaks.max()) / 10)
-            for i, (_, peak_E) in enumerate(looks):
-                if i < 0.75 * len(blocks):
-                    protected[i] = torch.nonzero(peak_E > bar).flatten().tolist()
+        protected = super_experts([peak_E for _, peak_E in looks]) if self.protect else [[] for _ in blocks]
         scores = [score_E for score_E, _ in looks]
         kept = select(scores, blocks, self.keep, self.scope, protected)
         return list(zip(scores, kept, protected, strict=True))
@@ -56,3 +50,10 @@ class Reap(Scored):
     def change(self, layer: Layer, decision: Any) -> Change:
         score_E, kept, guarded = decision
         return Change(kept, scores=score_E, report={"protected": guarded} if guarded else {})
+
+
+def super_experts(peaks: Sequence[Tensor]) -> list[list[int]]:
+    """Of each layer the experts whose largest output entry [E] is above the bar, see `Reap`; none in the last quarter."""
+    every = torch.cat(list(peaks)).double()
+    bar = max(float(torch.quantile(every, 0.995)), float(every.max()) / 10)
+    return [torch.nonzero(peak_E > bar).flatten().tolist() if i < 0.75 * len(peaks) else [] for i, peak_E in enumerate(peaks)]
