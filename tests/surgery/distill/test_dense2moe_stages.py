@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from moesaic.core.documents import Document
 from moesaic.core.errors import BadInput
+from moesaic.evaluation.bits_per_byte import report, score_documents
+from moesaic.surgery.convert import convert
 from moesaic.surgery.distill.dense2moe import Dense2MoEStages, Features, feature_weights
 from moesaic.surgery.objective import Given
+from moesaic.surgery.recovery import softened_kl
+from moesaic.surgery.trained import Training, run_step
 from moesaic.training.finetune import finetune
+from moesaic.view import resolve_model
 from moesaic.view.block import View
 
 SIZES = {"vocab_size": 60, "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2}
@@ -86,3 +92,35 @@ def test_a_student_without_shared_experts_or_of_other_depth_is_refused(make):
     teacher.model.layers = teacher.model.layers[:3]
     with pytest.raises(BadInput, match="its teacher 3"):
         Features("shared", 1, 0.0).prepare(student, Given(None, teacher=teacher))
+
+
+@pytest.mark.slow
+def test_from_a_cut_checkpoint_to_a_stock_one_stage_by_stage(tmp_path):
+    """Upcycled, distilled by the step that the command runs, loaded by transformers: nearer to the teacher after each stage."""
+    tokenizer = AutoTokenizer.from_pretrained(resolve_model("bundled"))
+    torch.manual_seed(0)
+    sizes = {**SIZES, "vocab_size": len(tokenizer), "intermediate_size": 64, "head_dim": 8, "eos_token_id": 0}
+    dense = AutoModelForCausalLM.from_config(AutoConfig.for_model("qwen3", **sizes))
+    for part in (dense, tokenizer):
+        part.save_pretrained(tmp_path / "dense")
+    options = {"experts": 3, "k": 2, "shared": 0.25, "score": "magnitude"}
+    convert([tmp_path / "dense"], tmp_path / "moe", "dense2moe", options)
+    text = [Document("To be, or not to be, that is the question. " * 60, "prose")]
+
+    def score(live, tokenizer, documents):
+        return {"bits_per_byte": report("", score_documents(live, tokenizer, documents, context=32))["bits_per_byte"]}
+
+    found = run_step(
+        tmp_path / "moe", tmp_path / "out", family="distill", method="dense2moe", train=finetune, texts={"text": text},
+        teacher=tmp_path / "dense", held_out={"text": text}, score=score,
+        training=Training(steps=20, lr=3e-3, batch_size=4, seq_len=32),
+    )  # fmt: skip
+    assert [row["steps"] for row in found["steps"]] == [8, 6, 3, 3]
+    assert ["after" in row for row in found["steps"]] == [True, True, True, False] and "after" in found
+    made = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    teacher, cut = (AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("dense", "moe"))
+    ids = torch.tensor([tokenizer(text[0].text)["input_ids"][:64]])
+    with torch.no_grad():
+        wanted = teacher(ids).logits
+        before, after = (softened_kl(m(ids).logits, wanted, 1.0) for m in (cut, made))
+    assert after < 0.9 * before
