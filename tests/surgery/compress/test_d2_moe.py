@@ -234,6 +234,27 @@ def _output_error(layer, e, change, tokens, generator):
     return float(((upright(layer, e, "first") - change.bank["first.base"] - left.T @ right) @ x).square().sum())
 
 
+@pytest.mark.parametrize("share", ["right", "left"])
+def test_a_shared_factor_and_a_pruned_base_learn(make, ids, share):
+    """In mixed precision, as recovery trains; every expert's tokens reach the one factor."""
+    model = make("Qwen3Moe")
+    operate_live(D2Moe(0.5, base="mean", share=share, prune=0.5, dynamic=0.5), measure(model, ids, "R0,R2"))
+    model.requires_grad_(True)
+    with torch.autocast("cpu", torch.bfloat16):
+        model(input_ids=ids[0], labels=ids[0]).loss.backward()
+    for block in View(model):
+        for side in SIDES:
+            own = getattr(getattr(block.experts, LEAF), side)
+            assert all(p.grad is not None and p.grad.any() for p in (own.left, own.right, own.base))
+
+
+def test_a_form_that_cannot_be_is_refused():
+    whole = {"ranks": [1], "base": True}
+    for wrong in ({"shared": "both"}, {"active": 0}, {"inputs": 6}, {"outputs": 2, "base": False}):
+        with pytest.raises(BadInput, match=r"config\.json"):
+            Factors(1, 4, 5, 5, {"first": whole, "down": {**whole, **wrong}})
+
+
 @pytest.mark.parametrize(
     ("options", "told"),
     [

@@ -33,7 +33,6 @@ SIDES = ("first", "down")
 LEAF = "factors"
 """Name of the child module that holds them."""
 
-
 FACTORS = ("left", "right")
 INDICES = ("index", "outputs", "inputs")
 """Buffers of whole numbers: the output of each whole row; outputs and inputs that the base has."""
@@ -63,6 +62,8 @@ class Side(nn.Module):
         self.active: int | None = spec.get("active")
         if self.shared not in (None, *FACTORS):
             raise BadInput(f"config.json: surgery says that the experts share {self.shared!r}: one of {', '.join(FACTORS)}")
+        if self.active is not None and self.active < 1:
+            raise BadInput(f"config.json: surgery lets a token read {self.active} inputs of the base")
         self.row_spans = list(pairwise(accumulate(rows, initial=0)))
         self.left = nn.Parameter(torch.empty(self._held("left"), outputs, **at))
         self.right = nn.Parameter(torch.empty(self._held("right"), inputs, **at))
