@@ -108,6 +108,23 @@ def test_the_gradient_reaches_theta_of_auxiliary_experts_and_the_router_through_
     torch.testing.assert_close((grad_TK * weights_TK).sum(1), torch.zeros(5), atol=1e-5, rtol=0)  # only ratios matter
 
 
+def test_shared_experts_and_the_router_see_what_enters_the_block():
+    model = build("DeepseekV3")
+    compress(model, main=2)
+    block = view(model)[0]
+    with torch.no_grad():
+        block.experts.theta_ED.add_(torch.randn_like(block.experts.theta_ED))
+    seen = []
+    for module in (block.parent.shared_experts, block.router):
+        module.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    x_BND = torch.randn(1, 5, 32)
+    with torch.no_grad():
+        mixed = block.parent(x_BND)
+        assert len(seen) == 2 and all(torch.equal(x.reshape(5, 32), x_BND[0]) for x in seen)
+        block.experts.theta_ED.fill_(1)
+        assert not torch.allclose(block.parent(x_BND), mixed)
+
+
 @pytest.mark.parametrize("vectors", [1, 3])
 def test_each_projection_has_its_vector(vectors):
     """Twin: a loop over tokens and experts."""
