@@ -16,7 +16,7 @@ def distill(
     teacher: Annotated[str, typer.Argument(help="A local folder, a hub id, or `bundled`.")],
     out: Out = None,
     student: Annotated[str | None, typer.Option(help="A model, or a .json file of config fields for a fresh one.")] = None,
-    method: Annotated[str, typer.Option(help="llava_mod or tgeo_kd.")] = "llava_mod",
+    method: Annotated[str, typer.Option(help="llava_mod, tgeo_kd, recover or dense2moe.")] = "llava_mod",
     options: Annotated[str, typer.Option(help="Its options, such as experts=4,k=2.")] = "",
     data: Annotated[str | None, typer.Option(help="Text to learn from: a file or a folder.")] = None,
     valid: Annotated[str | None, typer.Option(help="tgeo_kd: other text, on which its controller learns.")] = None,
