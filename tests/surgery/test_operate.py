@@ -100,9 +100,12 @@ def test_which_architectures_are_calibrated_layer_by_layer():
 
 
 def test_the_hash_is_of_what_was_found(statistics, tmp_path):
-    for name, texts, same in (("same", TEXTS, True), ("other", [TEXTS[0], Document(TEXTS[1].text + "#", "b")], False)):
+    swapped = Document("The lazy brown fox jumps over the quick dog. " * 6, "a")  # as many tokens
+    for name, texts, same in (("same", TEXTS, True), ("other", [swapped, TEXTS[1]], False)):
         measure("bundled", texts, tmp_path / name, ("R0", "R1"), by_domain=True)
-        assert (open_calibration(tmp_path / name).hash == statistics.hash) is same and len(statistics.hash) == 16
+        found = open_calibration(tmp_path / name)
+        assert (found.hash == statistics.hash) is same and len(statistics.hash) == 16
+        assert found.header.progress["tokens"] == statistics.header.progress["tokens"]
 
 
 def test_nothing_dropped_is_the_same_bytes(statistics, tmp_path):
