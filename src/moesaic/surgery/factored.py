@@ -213,6 +213,8 @@ def moment_of(layer: Layer, e: int | None, side: str, damp: float = 1e-6) -> Ten
     one_AA = torch.eye(len(gram_AA), dtype=torch.float64)
     if not size > 0:
         return gram_AA + one_AA
-    while bool(torch.linalg.cholesky_ex(made_AA := gram_AA + damp * size * one_AA).info):
+    made_AA = gram_AA + damp * size * one_AA
+    while damp < 1 and bool(torch.linalg.cholesky_ex(made_AA).info):
         damp *= 10
+        made_AA = gram_AA + damp * size * one_AA
     return made_AA

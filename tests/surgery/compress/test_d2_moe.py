@@ -276,7 +276,7 @@ def test_moments_of_few_different_tokens_still_have_a_factor(make, ids):
     for side in SIDES:
         for e in range(layer.facts.experts):
             assert not torch.linalg.cholesky_ex(moment_of(layer, e, side)).info
-    D2Moe(0.5, base="regmean", share="left").change(layer, None)
+    D2Moe(0.5, base="regmean", share="left", prune=0.2).change(layer, None)
 
 
 def test_a_pruned_base_leaves_room_for_smaller_shares(make, ids):

@@ -131,7 +131,8 @@ class D2Moe(Factored):
 
     def neurons(self, layer: Layer, gone: int) -> Tensor:
         """Which of the base's neurons stay, in order: all but those whose own part of the base's output is least."""
-        size_I = moment_of(layer, None, "down", damp=0.0).diagonal() * self.mean(layer, "down").double().square().sum(0)
+        square_I = layer.statistics["inner_gram_sum"].double().sum(0).diagonal()
+        size_I = square_I * self.mean(layer, "down").double().square().sum(0)
         return torch.argsort(size_I, descending=True, stable=True)[: len(size_I) - gone].sort().values
 
     def mean(self, layer: Layer, side: str) -> Tensor:
