@@ -11,9 +11,9 @@ import torch
 from moesaic.core.documents import data_files
 from moesaic.store import Reader
 from moesaic.store.table import Table
+from moesaic.surgery.planning import LAYERWISE, Plan, build
 
 if TYPE_CHECKING:
-    from moesaic.surgery.planning import Plan
     from moesaic.surgery.recipe import Step
 
 BASE_BYTES = 450 << 20
@@ -45,10 +45,20 @@ def estimate(plan: Plan, step: Step) -> dict[str, Any]:
     return {
         "seconds": moved / rate + passes * tokens * kind * active / 2 / flops,
         "sequential": step.sequential,
-        "peak_bytes": plan.peak_bytes + BASE_BYTES,
+        "peak_bytes": plan.peak_bytes + BASE_BYTES + _statistics_bytes(plan, step),
         "disk_bytes_per_second": rate,
         "calibration_tokens": round(tokens),
     }
+
+
+def _statistics_bytes(plan: Plan, step: Step) -> int:
+    """Of one layer's second moments (tier R2), the only statistics that weigh as much as experts do."""
+    if step.trains or step.family not in LAYERWISE:
+        return 0
+    entry, _ = build(step.family, step.method, dict(step.options))
+    if "R2" not in entry.needs:
+        return 0
+    return max(4 * f.experts * (f.width**2 + f.inner**2) for f in plan.facts)
 
 
 def disk_rate(folder: Path) -> float:

@@ -14,6 +14,7 @@ from moesaic.core.errors import BadInput
 from moesaic.trace import corpus, open_trace
 from moesaic.trace.calibration import calibrate, merge, open_calibration
 from moesaic.trace.calibration.store import read_header
+from moesaic.trace.calibration.tiers import bytes_per_layer
 
 
 @pytest.fixture(scope="module")
@@ -54,8 +55,10 @@ def test_memory_decides_the_groups(loaded, documents, tmp_path):
     with pytest.raises(BadInput, match="--memory"):
         calibrate(loaded, documents, tmp_path / "a", memory=100, **OPTIONS)
     assert not (tmp_path / "a").exists()
-    found = calibrate(loaded, documents, tmp_path / "a", tiers="R2", memory=15_000, **OPTIONS)
-    assert found.header.progress["groups"] == 2
+    one = max(bytes_per_layer(block, ("R2",)) for block in moesaic.view(loaded.model))
+    for name, memory, groups in (("a", 2 * one, 1), ("b", 2 * one - 1, 2)):
+        found = calibrate(loaded, documents, tmp_path / name, tiers="R2", memory=memory, **OPTIONS)
+        assert found.header.progress["groups"] == groups
 
 
 def test_batches_do_not_matter(loaded, documents, tmp_path):

@@ -168,7 +168,7 @@ def bytes_per_layer(block: Block, tiers: tuple[str, ...]) -> int:
     if "R1" in tiers:
         total += 8 * E * (5 + 2 * D + 3 * inner)
     if "R2" in tiers:
-        total += 4 * E * (D * D + inner * inner) * 2  # the sums, and a batch's part of them
+        total += 4 * E * (D * D + inner * inner)
     if "A1" in tiers:
         total += 8 * E * D
     if "B" in tiers:
