@@ -91,7 +91,10 @@ def _show(report: dict[str, Any], plan: bool) -> None:
     if report["out"]:
         console.print(f"written: {report['out']}")
     if report["chosen"]:
-        command = next(row["command"] for row in rows if row["plan"] == report["chosen"])
+        command, exact = next((row["command"], row["exact"]) for row in rows if row["plan"] == report["chosen"])
+        if not report["out"] and not exact:  # it was built in a folder that is gone
+            console.print("not kept: say --out FOLDER to have it written")
+            return
         console.print(f"run it: {command.format(OUT=report['out'] or report['model'])}", soft_wrap=True)
 
 
